@@ -1,0 +1,336 @@
+// The only file that knows Python. Checks dtypes, shapes and contiguity, raises ValueError, computes nothing.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <numeric>
+#include <optional>
+
+#include "decoder.h"
+#include "sampling.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using namespace tritkit;
+
+namespace {
+
+using Array = nb::ndarray<nb::ro, nb::device::cpu>;
+using Release = nb::call_guard<nb::gil_scoped_release>;
+
+std::string shape_of(const Array& a) {
+    std::string text = "[";
+    for (size_t i = 0; i < a.ndim(); ++i) text += (i ? ", " : "") + std::to_string(a.shape(i));
+    return text + "]";
+}
+
+bool is_contiguous(const Array& a) {
+    int64_t expected = 1;
+    for (size_t i = a.ndim(); i-- > 0;) {
+        if (a.size() && a.shape(i) != 1 && a.stride(i) != expected) return false;
+        expected *= static_cast<int64_t>(a.shape(i));
+    }
+    return true;
+}
+
+/// The data of a contiguous array of T with this rank.
+template <class T>
+const T* checked(const Array& a, const char* name, size_t rank) {
+    if (a.dtype() != nb::dtype<T>())
+        throw nb::value_error((std::string(name) + " has another dtype than the expected one").c_str());
+    if (a.ndim() != rank || !is_contiguous(a))
+        throw nb::value_error((std::string(name) + " has shape " + shape_of(a) + ", expected a C-contiguous array with " +
+                               std::to_string(rank) + " dimensions")
+                                  .c_str());
+    return static_cast<const T*>(a.data());
+}
+
+template <class T>
+const T* checked(const Array& a, const char* name, std::initializer_list<int64_t> shape) {
+    const T* data = checked<T>(a, name, shape.size());
+    size_t i = 0;
+    std::string expected;
+    bool good = true;
+    for (int64_t n : shape) {
+        good = good && static_cast<int64_t>(a.shape(i++)) == n;
+        expected += (expected.empty() ? "" : ", ") + std::to_string(n);
+    }
+    if (!good)
+        throw nb::value_error((std::string(name) + " has shape " + shape_of(a) + ", expected [" + expected + "]").c_str());
+    return data;
+}
+
+template <class T>
+nb::object new_array(T*& data, std::initializer_list<size_t> shape) {
+    size_t size = 1;
+    for (size_t n : shape) size *= n;
+    data = new T[size]();
+    nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<T*>(p); });
+    return nb::cast(nb::ndarray<nb::numpy, T>(data, shape, owner));
+}
+
+std::shared_ptr<Linear> new_linear(Runner& runner, const std::string& layout, const Array& data, int rows, int columns,
+                                   float scale, const std::optional<std::string>& activations,
+                                   const std::optional<Array>& bias) {
+    const SourceLayout& source = source_layout(layout);
+    if (rows < 1 || columns < 1) throw nb::value_error("rows and columns must be positive");
+    if (!is_contiguous(data)) throw nb::value_error("data must be C-contiguous");
+    if (static_cast<int64_t>(data.nbytes()) != source.source_bytes(rows, columns))
+        throw nb::value_error(("data has " + std::to_string(data.nbytes()) + " bytes, expected " +
+                               std::to_string(source.source_bytes(rows, columns)) + " for " + layout + " [" +
+                               std::to_string(rows) + ", " + std::to_string(columns) + "]")
+                                  .c_str());
+    const float* bias_data = bias ? checked<float>(*bias, "bias", {rows}) : nullptr;
+    nb::gil_scoped_release release;
+    return std::make_shared<Linear>(layout, data.data(), rows, columns, scale, activations.value_or(""), bias_data,
+                                    runner.pool, runner.kernels);
+}
+
+Norm norm(const std::optional<Array>& a, const char* name, int size) {
+    if (!a) return {};
+    const float* data = checked<float>(*a, name, {size});
+    return Norm(data, data + size);
+}
+
+void require_shape(const Linear& linear, const char* name, int rows, int columns) {
+    if (linear.rows() != rows || linear.columns() != columns)
+        throw nb::value_error((std::string(name) + " has shape [" + std::to_string(linear.rows()) + ", " +
+                               std::to_string(linear.columns()) + "], expected [" + std::to_string(rows) + ", " +
+                               std::to_string(columns) + "]")
+                                  .c_str());
+}
+
+LinearPtr linear_of(const nb::dict& layer, const char* name, int rows, int columns) {
+    auto linear = nb::cast<std::shared_ptr<Linear>>(layer[name]);
+    require_shape(*linear, name, rows, columns);
+    return linear;
+}
+
+Norm norm_of(const nb::dict& layer, const char* name, int size) {
+    return norm(nb::cast<std::optional<Array>>(layer[name]), name, size);
+}
+
+Layer layer_of(const nb::dict& d, const DecoderShape& s) {
+    const int q = s.heads.heads * s.heads.head_dim, kv = s.heads.kv_heads * s.heads.head_dim;
+    return {linear_of(d, "q", q, s.hidden_size),
+            linear_of(d, "k", kv, s.hidden_size),
+            linear_of(d, "v", kv, s.hidden_size),
+            linear_of(d, "o", s.hidden_size, q),
+            linear_of(d, "gate", s.intermediate_size, s.hidden_size),
+            linear_of(d, "up", s.intermediate_size, s.hidden_size),
+            linear_of(d, "down", s.hidden_size, s.intermediate_size),
+            norm_of(d, "input_norm", s.hidden_size),
+            norm_of(d, "post_attention_norm", s.hidden_size),
+            norm_of(d, "attn_sub_norm", q),
+            norm_of(d, "ffn_sub_norm", s.intermediate_size)};
+}
+
+DecoderShape shape_from(const nb::dict& d) {
+    auto whole = [&](const char* name) {
+        const int value = nb::cast<int>(d[name]);
+        if (value < 1) throw nb::value_error((std::string(name) + " must be positive").c_str());
+        return value;
+    };
+    DecoderShape s{whole("vocab_size"),
+                   whole("hidden_size"),
+                   whole("intermediate_size"),
+                   {whole("num_heads"), whole("num_kv_heads"), whole("head_dim")},
+                   nb::cast<double>(d["rope_theta"]),
+                   nb::cast<float>(d["rms_norm_eps"]),
+                   gate_activation(nb::cast<std::string>(d["activation"])),
+                   whole("context_length")};
+    if (s.heads.heads % s.heads.kv_heads) throw nb::value_error("num_heads must be a multiple of num_kv_heads");
+    if (s.heads.head_dim % 2) throw nb::value_error("head_dim must be even");
+    return s;
+}
+
+void init_decoder(Decoder* self, std::shared_ptr<Runner> runner, const nb::dict& shape, std::shared_ptr<Linear> embedding,
+                  const nb::list& layers, const Array& final_norm, std::optional<std::shared_ptr<Linear>> head) {
+    const DecoderShape s = shape_from(shape);
+    require_shape(*embedding, "embedding", s.vocab_size, s.hidden_size);
+    if (head) require_shape(**head, "head", s.vocab_size, s.hidden_size);
+    if (!is_float(embedding->runtime())) throw nb::value_error("the embedding must have a float layout");
+    std::vector<Layer> built;
+    for (nb::handle layer : layers) built.push_back(layer_of(nb::cast<nb::dict>(layer), s));
+    new (self) Decoder(std::move(runner), s, embedding, std::move(built), norm(final_norm, "final_norm", s.hidden_size),
+                       head.value_or(nullptr));
+}
+
+Want want_of(const std::string& name) {
+    if (name == "none") return Want::kNone;
+    if (name == "last") return Want::kLast;
+    if (name == "all") return Want::kAll;
+    if (name == "nll") return Want::kNll;
+    throw nb::value_error(("want is '" + name + "', expected none, last, all or nll").c_str());
+}
+
+/// (sequence, tokens, want, targets), without a place for the results. The arrays stay alive in the tuple.
+Job job_of(nb::handle item) {
+    const nb::tuple fields = nb::cast<nb::tuple>(item);
+    const Array tokens = nb::cast<Array>(fields[1]);
+    const auto targets = nb::cast<std::optional<Array>>(fields[3]);
+    Job job{nb::cast<int>(fields[0]), checked<int32_t>(tokens, "tokens", 1), static_cast<int>(tokens.shape(0)),
+            want_of(nb::cast<std::string>(fields[2])), nullptr, nullptr};
+    if (job.want == Want::kNll) {
+        if (!targets) throw nb::value_error("want is 'nll' but targets is None");
+        job.targets = checked<int32_t>(*targets, "targets", {job.count});
+    }
+    return job;
+}
+
+void check(const Decoder& decoder, const nb::list& jobs) {
+    std::vector<Job> built;
+    for (nb::handle item : jobs) built.push_back(job_of(item));
+    nb::gil_scoped_release release;
+    decoder.check(built);
+}
+
+nb::list step(Decoder& decoder, const nb::list& jobs) {
+    std::vector<Job> built;
+    nb::list results;
+    for (nb::handle item : jobs) {
+        Job job = job_of(item);
+        const size_t count = static_cast<size_t>(job.count), vocab = static_cast<size_t>(decoder.shape().vocab_size);
+        switch (job.want) {
+            case Want::kNone: results.append(nb::none()); break;
+            case Want::kLast: results.append(new_array(job.out, {vocab})); break;
+            case Want::kAll: results.append(new_array(job.out, {count, vocab})); break;
+            case Want::kNll: results.append(new_array(job.out, {count})); break;
+        }
+        built.push_back(job);
+    }
+    {
+        nb::gil_scoped_release release;
+        decoder.step(built);
+    }
+    return results;
+}
+
+// --- Hooks for the tests: the real path of one linear and of the quantizer, without a decoder.
+
+nb::object integer_product(const std::string& layout, const Array& data, int rows, int columns, const Array& x,
+                           const std::string& isa) {
+    Runner runner(1, isa);
+    const auto linear = new_linear(runner, layout, data, rows, columns, 1.0f, "a8", std::nullopt);
+    const int8_t* codes = checked<int8_t>(x, "x", 2);
+    const int tokens = static_cast<int>(x.shape(0));
+    checked<int8_t>(x, "x", {tokens, columns});
+    const ptrdiff_t stride = round_up(columns, kCodePad), out_stride = round_up(rows, kTileRows);
+    AlignedArray<int8_t> padded(static_cast<size_t>(tokens * stride));
+    std::vector<int32_t> sums, out(static_cast<size_t>(tokens * out_stride));
+    for (int t = 0; t < tokens; ++t) {
+        const int8_t* row = codes + static_cast<ptrdiff_t>(t) * columns;
+        std::copy(row, row + columns, padded.data() + t * stride);
+        sums.push_back(std::accumulate(row, row + columns, 0));
+    }
+    linear->integer_product({0, rows}, padded.data(), stride, sums.data(), tokens, out.data(), out_stride);
+    int32_t* result = nullptr;
+    nb::object array = new_array(result, {static_cast<size_t>(tokens), static_cast<size_t>(rows)});
+    for (int t = 0; t < tokens; ++t) std::copy_n(out.data() + t * out_stride, rows, result + static_cast<ptrdiff_t>(t) * rows);
+    return array;
+}
+
+/// y = linear(x), x float32 [tokens, columns], with its activation format.
+nb::object apply(Runner& runner, const Linear& linear, const Array& x) {
+    const int tokens = static_cast<int>(x.ndim() ? x.shape(0) : 0);
+    const float* from = checked<float>(x, "x", {tokens, linear.columns()});
+    Activations input(tokens, linear.columns());
+    input.reserve(linear.activations());
+    for (int t = 0; t < tokens; ++t) {
+        std::copy_n(from + static_cast<ptrdiff_t>(t) * linear.columns(), linear.columns(), input.row(t));
+        input.quantize(t, runner.kernels);
+    }
+    float* out = nullptr;
+    nb::object array = new_array(out, {static_cast<size_t>(tokens), static_cast<size_t>(linear.rows())});
+    {
+        nb::gil_scoped_release release;
+        runner.pool.run([&](Team& team) {
+            Linear::Scratch scratch;
+            linear.apply(linear.share(team), input, tokens, out, linear.rows(), Linear::Write::kStore, scratch);
+        });
+    }
+    return array;
+}
+
+/// Codes and scales of float32 [tokens, columns].
+std::pair<nb::object, nb::object> quantize(const Array& x, const std::string& format, const std::string& isa) {
+    const float* from = checked<float>(x, "x", 2);
+    const int tokens = static_cast<int>(x.shape(0)), columns = static_cast<int>(x.shape(1));
+    const ActivationFormat activations = activation_format(format);
+    Activations input(tokens, columns);
+    input.reserve(activations);
+    int8_t* codes = nullptr;
+    float* scales = nullptr;
+    nb::object code_array = new_array(codes, {x.shape(0), x.shape(1)}), scale_array = new_array(scales, {x.shape(0)});
+    for (int t = 0; t < tokens && activations != ActivationFormat::kFloat; ++t) {
+        std::copy_n(from + static_cast<ptrdiff_t>(t) * columns, columns, input.row(t));
+        input.quantize(t, kernels_for(isa));
+        std::copy_n(input.codes(activations).codes.data() + t * input.code_stride(), columns,
+                    codes + static_cast<ptrdiff_t>(t) * columns);
+        scales[t] = input.codes(activations).scales[t];
+    }
+    return {code_array, scale_array};
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+    m.doc() = "The native engine of tritkit. tritkit.engine.native is its face.";
+    m.def("available_isas", &available_isas, "Instruction sets with kernels that this CPU can run, slowest first.");
+    m.def("default_isa", &default_isa, "TRITKIT_ISA, or the fastest available one.");
+    m.def("integer_product", &integer_product, "layout"_a, "data"_a, "rows"_a, "cols"_a, "x"_a, "isa"_a = "",
+          "Exact int32 [tokens, rows] product of packed weights and int8 x [tokens, cols].");
+    m.def("quantize", &quantize, "x"_a, "activations"_a, "isa"_a = "", "int8 codes and float32 scales of each row.");
+    m.def("apply", &apply, "runner"_a, "linear"_a, "x"_a, "linear(x) for float32 x [tokens, columns].");
+
+    nb::class_<Runner>(m, "Runner", "Threads and kernels.")
+        .def(nb::init<int, const std::string&>(), "threads"_a = 0, "isa"_a = "")
+        .def_prop_ro("threads", [](const Runner& r) { return r.pool.size(); })
+        .def_prop_ro("isa", [](const Runner& r) { return r.kernels.isa; });
+
+    nb::class_<Linear>(m, "Linear", "One matrix in its run-time layout.")
+        .def(nb::new_(&new_linear), "runner"_a, "layout"_a, "data"_a, "rows"_a, "cols"_a, "scale"_a,
+             "activations"_a.none(), "bias"_a.none())
+        .def_prop_ro("bytes", &Linear::bytes);
+
+    nb::class_<Decoder>(m, "Decoder", "The whole forward step.")
+        .def("__init__", &init_decoder, "runner"_a, "shape"_a, "embedding"_a, "layers"_a, "final_norm"_a,
+             "head"_a.none())
+        .def("new", &Decoder::create, Release())
+        .def("fork", &Decoder::fork, "sequence"_a, Release())
+        .def("truncate", &Decoder::truncate, "sequence"_a, "length"_a, Release())
+        .def("free", &Decoder::free, "sequence"_a, Release())
+        .def("length", &Decoder::length, "sequence"_a, Release())
+        .def("check", &check, "jobs"_a, "ValueError if step(jobs) would raise one.")
+        .def("step", &step, "jobs"_a, "List of (sequence, int32 tokens, want, int32 targets or None).")
+        .def_prop_ro("bytes_per_token", &Decoder::bytes_per_token);
+
+    auto options = [](float temperature, int top_k, float top_p, float min_p, float repetition_penalty) {
+        return SamplingOptions{temperature, top_k, top_p, min_p, repetition_penalty};
+    };
+    nb::class_<Sampler>(m, "Sampler")
+        .def(
+            "__init__",
+            [options](Sampler* self, float temperature, int top_k, float top_p, float min_p, float repetition_penalty,
+                      uint64_t seed) {
+                new (self) Sampler(options(temperature, top_k, top_p, min_p, repetition_penalty), seed);
+            },
+            "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "repetition_penalty"_a, "seed"_a)
+        .def("sample",
+             [](Sampler& self, const Array& logits, const Array& history) {
+                 const float* values = checked<float>(logits, "logits", 1);
+                 const int32_t* tokens = checked<int32_t>(history, "history", 1);
+                 return self.sample(values, static_cast<int>(logits.shape(0)), tokens,
+                                    static_cast<int>(history.shape(0)));
+             })
+        .def("distribution", [](Sampler& self, const Array& logits, const Array& history) {
+            const float* values = checked<float>(logits, "logits", 1);
+            const int32_t* tokens = checked<int32_t>(history, "history", 1);
+            return self.distribution(values, static_cast<int>(logits.shape(0)), tokens,
+                                     static_cast<int>(history.shape(0)));
+        });
+}

@@ -1,0 +1,312 @@
+#include "decoder.h"
+
+#include <algorithm>
+#include <cmath>
+#include <set>
+#include <stdexcept>
+#include <string>
+
+namespace tritkit {
+namespace {
+
+constexpr int kHeadTokens = 16;  // tokens whose logits exist at the same time
+
+void rms_norm(const float* x, const Norm& weight, float eps, float* out) {
+    const int n = static_cast<int>(weight.size());
+    double partial[8] = {};  // independent sums, so that the additions need not wait for each other
+    for (int i = 0; i < n; ++i) partial[i % 8] += static_cast<double>(x[i]) * x[i];
+    double squares = 0.0;
+    for (double sum : partial) squares += sum;
+    const float inverse = 1.0f / std::sqrt(static_cast<float>(squares / n) + eps);
+    for (int i = 0; i < n; ++i) out[i] = weight[i] * (x[i] * inverse);
+}
+
+float activate(Gate gate, float x) {
+    if (gate == Gate::kSilu) return x / (1.0f + std::exp(-x));
+    return x > 0.0f ? x * x : 0.0f;
+}
+
+/// -log softmax(logits)[target], summed in float64.
+float negative_log_likelihood(const float* logits, int n, int target) {
+    if (target < 0) return 0.0f;
+    const double highest = *std::max_element(logits, logits + n);
+    double sum = 0.0;
+    for (int i = 0; i < n; ++i) sum += std::exp(logits[i] - highest);
+    return static_cast<float>(std::log(sum) + highest - logits[target]);
+}
+
+}  // namespace
+
+Gate gate_activation(const std::string& name) {
+    if (name == "silu") return Gate::kSilu;
+    if (name == "relu2") return Gate::kRelu2;
+    throw std::invalid_argument("activation is '" + name + "', expected silu or relu2");
+}
+
+/// Everything between the linears, for up to `capacity` tokens.
+struct Decoder::Workspace {
+    Workspace(int capacity, const Decoder& d)
+        : capacity(capacity),
+          hidden(static_cast<size_t>(capacity) * d.shape_.hidden_size),
+          q(static_cast<size_t>(capacity) * d.shape_.heads.heads * d.shape_.heads.head_dim),
+          k(static_cast<size_t>(capacity) * d.shape_.heads.kv_heads * d.shape_.heads.head_dim),
+          v(k.size()),
+          rotated(static_cast<size_t>(capacity) * d.shape_.heads.heads * d.pages_.head_stride()),
+          up(static_cast<size_t>(capacity) * d.shape_.intermediate_size),
+          logits(static_cast<size_t>(std::min(capacity, kHeadTokens)) * d.shape_.vocab_size),
+          normed(capacity, d.shape_.hidden_size),
+          attended(capacity, d.shape_.heads.heads * d.shape_.heads.head_dim),
+          gated(capacity, d.shape_.intermediate_size),
+          final_normed(std::min(capacity, kHeadTokens), d.shape_.hidden_size),
+          scratch(static_cast<size_t>(d.runner_->pool.size())),
+          scores(scratch.size()) {
+        for (const Layer& layer : d.layers_) {
+            for (const LinearPtr& linear : {layer.q, layer.k, layer.v, layer.gate, layer.up})
+                normed.reserve(linear->activations());
+            attended.reserve(layer.o->activations());
+            gated.reserve(layer.down->activations());
+        }
+        final_normed.reserve(d.head_->activations());
+    }
+
+    int capacity;
+    AlignedArray<float> hidden;  // the residual stream
+    AlignedArray<float> q, k, v, rotated, up, logits;
+    Activations normed, attended, gated, final_normed;
+    std::vector<Linear::Scratch> scratch;    // per thread
+    std::vector<std::vector<float>> scores;  // per thread
+};
+
+/// What is wanted of one token of the batch.
+struct Decoder::Output {
+    int token;
+    float* logits;  // null: the likelihood of target
+    int target;
+    float* nll;
+};
+
+Decoder::Decoder(std::shared_ptr<Runner> runner, const DecoderShape& shape, LinearPtr embedding,
+                 std::vector<Layer> layers, Norm final_norm, LinearPtr head)
+    : runner_(std::move(runner)),
+      shape_(shape),
+      embedding_(std::move(embedding)),
+      layers_(std::move(layers)),
+      final_norm_(std::move(final_norm)),
+      head_(head ? std::move(head) : embedding_),
+      rotary_(shape.heads.head_dim, shape.rope_theta),
+      pages_(static_cast<int>(layers_.size()), shape.heads.kv_heads, shape.heads.head_dim) {}
+
+int Decoder::create() {
+    std::lock_guard lock(mutex_);
+    return pages_.create();
+}
+
+int Decoder::fork(int sequence) {
+    std::lock_guard lock(mutex_);
+    return pages_.fork(sequence);
+}
+
+void Decoder::truncate(int sequence, int length) {
+    std::lock_guard lock(mutex_);
+    pages_.truncate(sequence, length);
+}
+
+void Decoder::free(int sequence) {
+    std::lock_guard lock(mutex_);
+    pages_.free(sequence);
+}
+
+int Decoder::length(int sequence) const {
+    std::lock_guard lock(mutex_);
+    return pages_.at(sequence).length;
+}
+
+size_t Decoder::bytes_per_token() const {
+    size_t bytes = head_->bytes() + final_norm_.size() * sizeof(float);
+    if (head_ != embedding_) bytes += embedding_->bytes() / static_cast<size_t>(embedding_->rows());
+    for (const Layer& layer : layers_) {
+        for (const LinearPtr& l : {layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down})
+            bytes += l->bytes();
+        for (const Norm* n :
+             {&layer.input_norm, &layer.post_attention_norm, &layer.attn_sub_norm, &layer.ffn_sub_norm})
+            bytes += n->size() * sizeof(float);
+    }
+    return bytes;
+}
+
+void Decoder::check(const std::vector<Job>& jobs) const {
+    std::lock_guard lock(mutex_);
+    require_valid(jobs);
+}
+
+void Decoder::require_valid(const std::vector<Job>& jobs) const {
+    auto require = [](bool good, const std::string& message) {
+        if (!good) throw std::invalid_argument(message);
+    };
+    std::set<int> seen;
+    for (const Job& job : jobs) {
+        const std::string name = "sequence " + std::to_string(job.sequence);
+        const int length = pages_.at(job.sequence).length;
+        require(seen.insert(job.sequence).second, name + " occurs in two jobs of one step");
+        require(job.count > 0, name + " has a job without tokens");
+        require(job.count <= shape_.context_length - length,
+                name + " would have " + std::to_string(static_cast<int64_t>(length) + job.count) +
+                    " tokens, more than the context length of " + std::to_string(shape_.context_length));
+        for (int t = 0; t < job.count; ++t) {
+            require(job.tokens[t] >= 0 && job.tokens[t] < shape_.vocab_size,
+                    "token " + std::to_string(job.tokens[t]) + " of " + name + " is outside the vocabulary of " +
+                        std::to_string(shape_.vocab_size));
+            if (job.want == Want::kNll)
+                require(job.targets[t] >= -1 && job.targets[t] < shape_.vocab_size,
+                        "target " + std::to_string(job.targets[t]) + " of " + name + " is outside the vocabulary of " +
+                            std::to_string(shape_.vocab_size));
+        }
+    }
+}
+
+std::vector<Token> Decoder::place(const std::vector<Job>& jobs) {
+    std::vector<Token> tokens;
+    int longest = 0;
+    for (const Job& job : jobs) {
+        pages_.reserve(job.sequence, job.count);
+        const Sequence& sequence = pages_.at(job.sequence);
+        for (int t = 0; t < job.count; ++t) tokens.push_back({job.tokens[t], &sequence, sequence.length + t});
+        longest = std::max(longest, sequence.length + job.count);
+    }
+    rotary_.extend(longest);
+    return tokens;
+}
+
+Decoder::Workspace& Decoder::workspace(int tokens) {
+    if (!workspace_ || workspace_->capacity < tokens) workspace_ = std::make_shared<Workspace>(tokens, *this);
+    return *workspace_;
+}
+
+void Decoder::step(const std::vector<Job>& jobs) {
+    std::lock_guard lock(mutex_);
+    require_valid(jobs);
+    if (jobs.empty()) return;
+    const std::vector<Token> tokens = place(jobs);
+    std::vector<Output> outputs;
+    int first = 0;
+    for (const Job& job : jobs) {
+        for (int t = job.want == Want::kLast ? job.count - 1 : 0; t < job.count && job.want != Want::kNone; ++t) {
+            float* logits = job.want == Want::kNll   ? nullptr
+                            : job.want == Want::kAll ? job.out + static_cast<ptrdiff_t>(t) * shape_.vocab_size
+                                                     : job.out;
+            const bool nll = job.want == Want::kNll;
+            outputs.push_back({first + t, logits, nll ? job.targets[t] : -1, nll ? job.out + t : nullptr});
+        }
+        first += job.count;
+    }
+    Workspace& w = workspace(static_cast<int>(tokens.size()));
+    runner_->pool.run([&](Team& team) {
+        const Range mine = team.share(static_cast<int>(tokens.size()));
+        for (int t = mine.begin; t < mine.end; ++t)
+            embedding_->copy_row(tokens[t].id, w.hidden.data() + static_cast<ptrdiff_t>(t) * shape_.hidden_size);
+        for (int layer = 0; layer < static_cast<int>(layers_.size()); ++layer) run_layer(team, layer, tokens, w);
+        run_head(team, outputs, w);
+    });
+    for (const Job& job : jobs) pages_.advance(job.sequence, job.count);
+}
+
+// Each thread keeps its own tokens from one layer to the next (hidden rows of `mine`), so a barrier stands only where
+// the work is cut differently: by tokens around the norms, by rows in the linears, by heads in attention.
+void Decoder::run_layer(Team& team, int index, const std::vector<Token>& tokens, Workspace& w) const {
+    const Layer& layer = layers_[static_cast<size_t>(index)];
+    const HeadShape& heads = shape_.heads;
+    const Kernels& kernels = runner_->kernels;
+    const int n = static_cast<int>(tokens.size());
+    const ptrdiff_t hidden = shape_.hidden_size, q_size = heads.heads * heads.head_dim,
+                    kv_size = heads.kv_heads * heads.head_dim, inner = shape_.intermediate_size,
+                    rotated_size = heads.heads * pages_.head_stride();
+    const Range mine = team.share(n);
+    Linear::Scratch& scratch = w.scratch[static_cast<size_t>(team.rank)];
+    auto apply = [&](const LinearPtr& linear, const Activations& x, float* out, ptrdiff_t stride, Linear::Write write) {
+        linear->apply(linear->share(team), x, n, out, stride, write, scratch);
+    };
+
+    for (int t = mine.begin; t < mine.end; ++t) {
+        rms_norm(w.hidden.data() + t * hidden, layer.input_norm, shape_.rms_norm_eps, w.normed.row(t));
+        w.normed.quantize(t, kernels);
+    }
+    team.barrier();
+    apply(layer.q, w.normed, w.q.data(), q_size, Linear::Write::kStore);
+    apply(layer.k, w.normed, w.k.data(), kv_size, Linear::Write::kStore);
+    apply(layer.v, w.normed, w.v.data(), kv_size, Linear::Write::kStore);
+    team.barrier();
+    for (int t = mine.begin; t < mine.end; ++t)
+        store_token(heads, rotary_, pages_, tokens[static_cast<size_t>(t)], index, w.q.data() + t * q_size,
+                    w.k.data() + t * kv_size, w.v.data() + t * kv_size, w.rotated.data() + t * rotated_size);
+    team.barrier();
+    // Later tokens have more to attend to: deal them out in turn.
+    for (int item = team.rank; item < n * heads.kv_heads; item += team.size) {
+        const int t = item / heads.kv_heads;
+        attend(heads, pages_, tokens[static_cast<size_t>(t)], index, item % heads.kv_heads,
+               w.rotated.data() + t * rotated_size, w.attended.row(t), kernels,
+               w.scores[static_cast<size_t>(team.rank)]);
+    }
+    team.barrier();
+    for (int t = mine.begin; t < mine.end; ++t) {
+        if (!layer.attn_sub_norm.empty())
+            rms_norm(w.attended.row(t), layer.attn_sub_norm, shape_.rms_norm_eps, w.attended.row(t));
+        w.attended.quantize(t, kernels);
+    }
+    team.barrier();
+    apply(layer.o, w.attended, w.hidden.data(), hidden, Linear::Write::kAdd);
+    team.barrier();
+
+    for (int t = mine.begin; t < mine.end; ++t) {
+        rms_norm(w.hidden.data() + t * hidden, layer.post_attention_norm, shape_.rms_norm_eps, w.normed.row(t));
+        w.normed.quantize(t, kernels);
+    }
+    team.barrier();
+    apply(layer.gate, w.normed, w.gated.row(0), w.gated.stride(), Linear::Write::kStore);
+    apply(layer.up, w.normed, w.up.data(), inner, Linear::Write::kStore);
+    const Range rows = layer.gate->share(team);  // of gate and of up, so this thread wrote them
+    for (int t = 0; t < n; ++t) {
+        float* gate = w.gated.row(t);
+        const float* up = w.up.data() + t * inner;
+        for (int r = rows.begin; r < rows.end; ++r) gate[r] = activate(shape_.activation, gate[r]) * up[r];
+    }
+    team.barrier();
+    for (int t = mine.begin; t < mine.end; ++t) {
+        if (!layer.ffn_sub_norm.empty())
+            rms_norm(w.gated.row(t), layer.ffn_sub_norm, shape_.rms_norm_eps, w.gated.row(t));
+        w.gated.quantize(t, kernels);
+    }
+    team.barrier();
+    apply(layer.down, w.gated, w.hidden.data(), hidden, Linear::Write::kAdd);
+    team.barrier();
+}
+
+void Decoder::run_head(Team& team, const std::vector<Output>& outputs, Workspace& w) const {
+    const ptrdiff_t vocab = shape_.vocab_size;
+    const int chunk = std::min(w.capacity, kHeadTokens);
+    team.barrier();  // with no layers at all, the embedding is still being looked up
+    for (size_t begin = 0; begin < outputs.size(); begin += static_cast<size_t>(chunk)) {
+        const int n = std::min(chunk, static_cast<int>(outputs.size() - begin));
+        const Output* part = outputs.data() + begin;
+        const Range mine = team.share(n), rows = head_->share(team);
+        for (int i = mine.begin; i < mine.end; ++i) {
+            rms_norm(w.hidden.data() + static_cast<ptrdiff_t>(part[i].token) * shape_.hidden_size, final_norm_,
+                     shape_.rms_norm_eps, w.final_normed.row(i));
+            w.final_normed.quantize(i, runner_->kernels);
+        }
+        team.barrier();
+        head_->apply(rows, w.final_normed, n, w.logits.data(), vocab, Linear::Write::kStore,
+                     w.scratch[static_cast<size_t>(team.rank)]);
+        for (int i = 0; i < n; ++i) {
+            const float* logits = w.logits.data() + i * vocab;
+            if (part[i].logits && !rows.empty())
+                std::copy(logits + rows.begin, logits + rows.end, part[i].logits + rows.begin);
+        }
+        team.barrier();
+        for (int i = mine.begin; i < mine.end; ++i)
+            if (part[i].nll)
+                *part[i].nll = negative_log_likelihood(w.logits.data() + i * vocab, shape_.vocab_size, part[i].target);
+        team.barrier();
+    }
+}
+
+}  // namespace tritkit

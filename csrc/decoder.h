@@ -1,0 +1,101 @@
+// The whole forward step of a decoder of the llama and bitnet families: tokens in, logits out, in one call.
+//
+// RMSNorm; q, k, v with grouped heads; rotary embedding; causal attention; gated MLP with silu or relu^2; optional
+// norms before the o and down projections; an output head that may be the embedding itself. All float32 but for the
+// linears, each of which carries its own number format.
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "attention.h"
+#include "kernels.h"
+#include "kv_pages.h"
+#include "linear.h"
+#include "threads.h"
+
+namespace tritkit {
+
+/// The threads and the kernels that everything of one engine uses.
+struct Runner {
+    Runner(int threads, const std::string& isa) : pool(threads), kernels(kernels_for(isa)) {}
+    Pool pool;
+    const Kernels& kernels;
+};
+
+enum class Gate { kSilu, kRelu2 };
+Gate gate_activation(const std::string& name);  // "silu", "relu2"; throws std::invalid_argument
+
+struct DecoderShape {
+    int vocab_size, hidden_size, intermediate_size;
+    HeadShape heads;
+    double rope_theta;
+    float rms_norm_eps;
+    Gate activation;
+    int context_length;
+};
+
+using LinearPtr = std::shared_ptr<const Linear>;
+using Norm = std::vector<float>;  // empty: none
+
+struct Layer {
+    LinearPtr q, k, v, o, gate, up, down;
+    Norm input_norm, post_attention_norm, attn_sub_norm, ffn_sub_norm;
+};
+
+enum class Want { kNone, kLast, kAll, kNll };
+
+/// Tokens to append to a sequence, and what to say about them.
+struct Job {
+    int sequence;
+    const int32_t* tokens;
+    int count;
+    Want want;
+    const int32_t* targets;  // kNll: [count], -1 for none
+    float* out;              // kLast: [vocab]; kAll: [count, vocab]; kNll: [count]
+};
+
+class Decoder {
+   public:
+    Decoder(std::shared_ptr<Runner> runner, const DecoderShape& shape, LinearPtr embedding, std::vector<Layer> layers,
+            Norm final_norm, LinearPtr head);
+
+    int create();
+    int fork(int sequence);
+    void truncate(int sequence, int length);
+    void free(int sequence);
+    int length(int sequence) const;
+
+    /// All jobs together, as one batch. Throws std::invalid_argument, and then nothing has happened.
+    void step(const std::vector<Job>& jobs);
+    /// Throws what step() would throw.
+    void check(const std::vector<Job>& jobs) const;
+
+    const DecoderShape& shape() const { return shape_; }
+    /// Bytes of weights that one decoded token reads.
+    size_t bytes_per_token() const;
+
+   private:
+    struct Workspace;
+    struct Output;
+
+    void require_valid(const std::vector<Job>& jobs) const;
+    std::vector<Token> place(const std::vector<Job>& jobs);
+    Workspace& workspace(int tokens);
+    void run_layer(Team& team, int layer, const std::vector<Token>& tokens, Workspace& w) const;
+    void run_head(Team& team, const std::vector<Output>& outputs, Workspace& w) const;
+
+    std::shared_ptr<Runner> runner_;
+    DecoderShape shape_;
+    LinearPtr embedding_;
+    std::vector<Layer> layers_;
+    Norm final_norm_;
+    LinearPtr head_;
+    RotaryTable rotary_;
+    KvPages pages_;
+    std::shared_ptr<Workspace> workspace_;
+    mutable std::mutex mutex_;  // one call at a time
+};
+
+}  // namespace tritkit

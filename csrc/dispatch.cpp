@@ -1,0 +1,77 @@
+// Which kernels may run here, and which do.
+#include <cstdlib>
+#include <stdexcept>
+
+#include "kernels.h"
+
+namespace tritkit {
+
+extern const Kernels kScalar;
+#if defined(__x86_64__)
+extern const Kernels kAvx2, kAvx512;
+#endif
+
+namespace {
+
+// Slowest first. A new instruction set is one file and one row here.
+const Kernels* const kTable[] = {
+    &kScalar,
+#if defined(__x86_64__)
+    &kAvx2,
+    &kAvx512,
+#endif
+};
+
+/// Entries that `to` does not have come from `from`.
+void inherit(Kernels& to, const Kernels& from) {
+    auto fill = [](auto& entry, auto inherited) {
+        if (!entry) entry = inherited;
+    };
+    fill(to.quantize_row, from.quantize_row);
+    fill(to.matmul_ternary, from.matmul_ternary);
+    fill(to.matmul_binary, from.matmul_binary);
+    fill(to.matmul_f32, from.matmul_f32);
+    fill(to.matmul_f16, from.matmul_f16);
+    fill(to.matmul_bf16, from.matmul_bf16);
+    fill(to.add_weighted_rows, from.add_weighted_rows);
+}
+
+const std::vector<Kernels>& available() {
+    static const std::vector<Kernels> rows = [] {
+        std::vector<Kernels> complete;
+        for (const Kernels* row : kTable) {
+            if (!row->supported()) continue;
+            complete.push_back(*row);
+            if (complete.size() > 1) inherit(complete.back(), complete[complete.size() - 2]);
+        }
+        return complete;
+    }();
+    return rows;
+}
+
+const Kernels& find(const std::string& isa, const std::string& source) {
+    std::string names;
+    for (const Kernels& row : available()) {
+        if (row.isa == isa) return row;
+        names += (names.empty() ? "" : ", ") + std::string(row.isa);
+    }
+    throw std::invalid_argument(source + " is '" + isa + "', expected one that this CPU can run: " + names);
+}
+
+}  // namespace
+
+std::vector<std::string> available_isas() {
+    std::vector<std::string> names;
+    for (const Kernels& row : available()) names.emplace_back(row.isa);
+    return names;
+}
+
+std::string default_isa() {
+    const char* forced = std::getenv("TRITKIT_ISA");
+    if (forced && *forced) return find(forced, "TRITKIT_ISA").isa;
+    return available().back().isa;
+}
+
+const Kernels& kernels_for(const std::string& isa) { return find(isa.empty() ? default_isa() : isa, "isa"); }
+
+}  // namespace tritkit

@@ -1,0 +1,28 @@
+// The 16-bit float formats, from their bits.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace tritkit {
+
+inline float float_from_bits(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+/// bfloat16 is the upper half of a float.
+inline float float_from_bf16(uint16_t bits) { return float_from_bits(static_cast<uint32_t>(bits) << 16); }
+
+/// IEEE binary16: 1 sign, 5 exponent (bias 15), 10 mantissa bits.
+inline float float_from_f16(uint16_t bits) {
+    const uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16;
+    const uint32_t exponent = bits >> 10 & 31, mantissa = bits & 1023;
+    if (exponent == 31) return float_from_bits(sign | 0x7f800000u | mantissa << 13);  // infinity, not a number
+    if (exponent != 0) return float_from_bits(sign | (exponent + 112) << 23 | mantissa << 13);
+    const float tiny = static_cast<float>(mantissa) * 0x1p-24f;  // subnormal or zero
+    return sign ? -tiny : tiny;
+}
+
+}  // namespace tritkit

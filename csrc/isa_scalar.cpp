@@ -1,0 +1,95 @@
+// The specification: written to be read, never tuned. Every other instruction set equals it,
+// bit for bit in quantize_row and in the integer products, up to the order of the sum in the float products.
+#include <algorithm>
+#include <cmath>
+
+#include "floats.h"
+#include "kernels.h"
+
+namespace tritkit {
+namespace {
+
+float quantize_row(const float* x, int columns, float levels, int8_t* codes, int32_t* sum) {
+    float absmax = 0.0f;
+    for (int i = 0; i < columns; ++i) absmax = std::fabs(x[i]) > absmax ? std::fabs(x[i]) : absmax;
+    const float inverse = levels / std::max(absmax, 1e-5f);
+    int32_t total = 0;
+    for (int i = 0; i < columns; ++i) {
+        float code = std::nearbyintf(x[i] * inverse);  // halves to even
+        code = code > -128.0f ? code : -128.0f;        // not a number goes here too
+        code = code < 127.0f ? code : 127.0f;
+        codes[i] = static_cast<int8_t>(code);
+        total += codes[i];
+    }
+    *sum = total;
+    return 1.0f / inverse;
+}
+
+/// The weight of row `r` of a tile at column `k`.
+int ternary_weight(const uint8_t* tile, int r, int k) {
+    const int block = k / 16, field = k / 4 % 4, j = k % 4;
+    return (tile[block * kBlockBytes + 4 * r + j] >> (2 * field) & 3) - 1;
+}
+
+int binary_weight(const uint8_t* tile, int r, int k) {
+    const int block = k / 32, field = k / 4 % 8, j = k % 4;
+    return (tile[block * kBlockBytes + 4 * r + j] >> field & 1) ? 1 : -1;
+}
+
+template <int (*weight)(const uint8_t*, int, int)>
+void matmul_tiles(const TileProduct& p, int block_columns) {
+    for (int t = 0; t < p.tokens; ++t) {
+        const int8_t* x = p.codes + t * p.code_stride;
+        int32_t* out = p.out + t * p.out_stride;
+        for (int tile = p.tile_begin; tile < p.tile_end; ++tile) {
+            const uint8_t* w = p.weights + static_cast<ptrdiff_t>(tile) * p.blocks * kBlockBytes;
+            for (int r = 0; r < kTileRows; ++r) {
+                int32_t sum = 0;
+                for (int k = 0; k < p.blocks * block_columns; ++k) sum += weight(w, r, k) * x[k];
+                *out++ = sum;
+            }
+        }
+    }
+}
+
+void matmul_ternary(const TileProduct& p) { matmul_tiles<ternary_weight>(p, kTernaryColumns); }
+void matmul_binary(const TileProduct& p) { matmul_tiles<binary_weight>(p, kBinaryColumns); }
+
+template <class Element, float (*value)(Element)>
+void matmul_floats(const FloatProduct& p) {
+    for (int t = 0; t < p.tokens; ++t) {
+        const float* x = p.x + t * p.x_stride;
+        for (int r = p.row_begin; r < p.row_end; ++r) {
+            const Element* w = static_cast<const Element*>(p.weights) + r * p.row_stride;
+            float sum = 0.0f;
+            for (int k = 0; k < p.columns; ++k) sum += value(w[k]) * x[k];
+            p.out[t * p.out_stride + (r - p.row_begin)] = sum;
+        }
+    }
+}
+
+float identity(float value) { return value; }
+
+void add_weighted_rows(const float* rows, ptrdiff_t stride, int count, int columns, const float* weights, float* out) {
+    for (int p = 0; p < count; ++p)
+        for (int i = 0; i < columns; ++i) out[i] += weights[p] * rows[p * stride + i];
+}
+
+bool supported() { return true; }
+
+}  // namespace
+
+extern const Kernels kScalar;
+const Kernels kScalar = {
+    "scalar",
+    supported,
+    quantize_row,
+    matmul_ternary,
+    matmul_binary,
+    matmul_floats<float, identity>,
+    matmul_floats<uint16_t, float_from_f16>,
+    matmul_floats<uint16_t, float_from_bf16>,
+    add_weighted_rows,
+};
+
+}  // namespace tritkit

@@ -1,0 +1,137 @@
+#include "linear.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "floats.h"
+
+namespace tritkit {
+namespace {
+
+// The sums of this many rows wait in cache for their scale. One token has few, so all its rows go in one stream.
+constexpr int kPanelRows = 256;
+constexpr int kFewTokens = 4;
+
+// 127 makes every code reachable by its own sign; 128 is the original BitNet's Qb.
+constexpr float kLevels[kIntegerFormats] = {127.0f, 128.0f};
+
+}  // namespace
+
+ActivationFormat activation_format(const std::string& name) {
+    if (name.empty()) return ActivationFormat::kFloat;
+    if (name == "a8") return ActivationFormat::kA8;
+    if (name == "a8_q128") return ActivationFormat::kA8Q128;
+    throw std::invalid_argument("activations is '" + name + "', expected a8, a8_q128 or None");
+}
+
+Activations::Activations(int tokens, int columns)
+    : tokens_(tokens),
+      columns_(columns),
+      stride_(round_up(columns, kFloatPad)),
+      code_stride_(round_up(columns, kCodePad)),
+      x_(static_cast<size_t>(tokens * stride_)) {}
+
+void Activations::reserve(ActivationFormat format) {
+    if (format == ActivationFormat::kFloat) return;
+    Codes& c = codes_[static_cast<int>(format)];
+    if (c.scales.size()) return;
+    c.codes = AlignedArray<int8_t>(static_cast<size_t>(tokens_ * code_stride_));
+    c.scales = AlignedArray<float>(static_cast<size_t>(tokens_));
+    c.sums = AlignedArray<int32_t>(static_cast<size_t>(tokens_));
+}
+
+void Activations::quantize(int token, const Kernels& kernels) const {
+    for (int format = 0; format < kIntegerFormats; ++format) {
+        const Codes& c = codes_[format];
+        if (!c.scales.size()) continue;
+        int8_t* codes = c.codes.data() + token * code_stride_;
+        c.scales[token] = kernels.quantize_row(row(token), columns_, kLevels[format], codes, &c.sums[token]);
+    }
+}
+
+Linear::Linear(const std::string& layout, const void* data, int rows, int columns, float scale,
+               const std::string& activations, const float* bias, Pool& pool, const Kernels& kernels)
+    : runtime_(source_layout(layout).runtime),
+      rows_(rows),
+      columns_(columns),
+      scale_(scale),
+      activations_(activation_format(activations)),
+      kernels_(&kernels) {
+    if (is_float(runtime_) != (activations_ == ActivationFormat::kFloat))
+        throw std::invalid_argument("activations is '" + activations + "' for layout " + layout + ", expected " +
+                                    (is_float(runtime_) ? "None" : "a8 or a8_q128"));
+    if (bias) bias_.assign(bias, bias + rows);
+    weights_ = repack(source_layout(layout), data, rows, columns, pool);
+}
+
+void Linear::integer_product(Range mine, const int8_t* codes, ptrdiff_t code_stride, const int32_t* sums, int tokens,
+                             int32_t* out, ptrdiff_t out_stride) const {
+    const int blocks = static_cast<int>(tile_bytes(runtime_, columns_) / kBlockBytes);
+    const TileProduct product{weights_.data(),
+                              blocks,
+                              mine.begin / kTileRows,
+                              (mine.end + kTileRows - 1) / kTileRows,
+                              codes,
+                              code_stride,
+                              sums,
+                              tokens,
+                              out,
+                              out_stride};
+    (runtime_ == Runtime::kTernary ? kernels_->matmul_ternary : kernels_->matmul_binary)(product);
+}
+
+void Linear::float_product(Range mine, const float* x, ptrdiff_t x_stride, int tokens, float* out,
+                           ptrdiff_t out_stride) const {
+    const ptrdiff_t row_stride = round_up(columns_, kFloatPad);
+    const FloatProduct product{
+        weights_.data(), row_stride, static_cast<int>(row_stride), mine.begin, mine.end, x, x_stride, tokens, out,
+        out_stride};
+    (runtime_ == Runtime::kF32   ? kernels_->matmul_f32
+     : runtime_ == Runtime::kF16 ? kernels_->matmul_f16
+                                 : kernels_->matmul_bf16)(product);
+}
+
+void Linear::apply(Range mine, const Activations& x, int tokens, float* out, ptrdiff_t out_stride, Write write,
+                   Scratch& scratch) const {
+    const int panel = tokens <= kFewTokens ? std::max(mine.end - mine.begin, 1) : kPanelRows;
+    const ptrdiff_t stride = round_up(panel, kTileRows);
+    const size_t size = static_cast<size_t>(tokens * stride);
+    const float* bias = bias_.empty() ? nullptr : bias_.data();
+    Range rows;
+
+    auto finish = [&](int t, const auto* sums, float scale) {
+        float* y = out + t * out_stride;
+        for (int r = rows.begin; r < rows.end; ++r) {
+            const float value = static_cast<float>(sums[r - rows.begin]) * scale + (bias ? bias[r] : 0.0f);
+            y[r] = write == Write::kAdd ? y[r] + value : value;
+        }
+    };
+    for (int begin = mine.begin; begin < mine.end; begin += panel) {
+        rows = {begin, std::min(begin + panel, mine.end)};
+        if (is_float(runtime_)) {
+            if (scratch.floats.size() < size) scratch.floats.resize(size);
+            float_product(rows, x.rows(), x.stride(), tokens, scratch.floats.data(), stride);
+            for (int t = 0; t < tokens; ++t) finish(t, scratch.floats.data() + t * stride, scale_);
+        } else {
+            if (scratch.integers.size() < size) scratch.integers.resize(size);
+            const Activations::Codes& c = x.codes(activations_);
+            integer_product(rows, c.codes.data(), x.code_stride(), c.sums.data(), tokens, scratch.integers.data(),
+                            stride);
+            for (int t = 0; t < tokens; ++t) finish(t, scratch.integers.data() + t * stride, scale_ * c.scales[t]);
+        }
+    }
+}
+
+void Linear::copy_row(int r, float* out) const {
+    const ptrdiff_t at = r * round_up(columns_, kFloatPad);
+    const auto* half = reinterpret_cast<const uint16_t*>(weights_.data()) + at;
+    const auto* full = reinterpret_cast<const float*>(weights_.data()) + at;
+    for (int k = 0; k < columns_; ++k) {
+        const float value = runtime_ == Runtime::kF32   ? full[k]
+                            : runtime_ == Runtime::kF16 ? float_from_f16(half[k])
+                                                        : float_from_bf16(half[k]);
+        out[k] = value * scale_;
+    }
+}
+
+}  // namespace tritkit

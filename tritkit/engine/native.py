@@ -1,0 +1,134 @@
+"""The native engine: the whole forward step in C++ (csrc/decoder.cpp), on CPU threads, without torch."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tritkit import _native
+from tritkit.engine import Job
+from tritkit.engine.weights import DecoderWeights, LayerWeights, LinearWeights, check
+
+CHUNK = 256  # tokens in one native call: short enough that Ctrl-C is heard, long enough to be efficient
+LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+NORMS = ("input_norm", "post_attention_norm", "attn_sub_norm", "ffn_sub_norm")
+
+
+class NativeEngine:
+    """Runs `weights` on `threads` threads (0: all usable cores) with the kernels of `isa` (None: the fastest).
+
+    The weights are copied into the layout that the kernels read; the arrays are not needed afterwards.
+    """
+
+    name = "native"
+
+    def __init__(self, weights: DecoderWeights, threads: int = 0, isa: str | None = None):
+        check(weights)
+        runner = _native.Runner(threads, isa or "")
+        self.vocab_size = weights.shape.vocab_size
+        self.context_length = weights.shape.context_length
+        self.isa: str = runner.isa
+        self.threads: int = runner.threads
+        head = weights.head
+        self._decoder = _native.Decoder(
+            runner,
+            dataclasses.asdict(weights.shape),
+            _linear(runner, "embedding", weights.embedding),
+            [_layer(runner, f"layers[{i}]", layer) for i, layer in enumerate(weights.layers)],
+            np.ascontiguousarray(weights.final_norm),
+            None if head is None else _linear(runner, "head", head),
+        )
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of weights, in the layouts of the kernels, that decoding one token reads."""
+        return self._decoder.bytes_per_token
+
+    def new(self) -> int:
+        return self._decoder.new()
+
+    def fork(self, sequence: int) -> int:
+        return self._decoder.fork(sequence)
+
+    def truncate(self, sequence: int, n: int) -> None:
+        self._decoder.truncate(sequence, n)
+
+    def free(self, sequence: int) -> None:
+        self._decoder.free(sequence)
+
+    def length(self, sequence: int) -> int:
+        return self._decoder.length(sequence)
+
+    def step(self, jobs: Sequence[Job]) -> list[NDArray[np.float32] | None]:
+        """See `Engine.step`. Interrupted (Ctrl-C), it leaves every sequence as long as it was."""
+        jobs = [_as_int32(job) for job in jobs]
+        lengths = {job.sequence: self.length(job.sequence) for job in jobs}
+        self._decoder.check([_fields(job) for job in jobs])
+        results: list[list[NDArray[np.float32]]] = [[] for _ in jobs]
+        try:
+            for batch in _batches(jobs):
+                outputs = self._decoder.step([_fields(piece) for _, piece in batch])
+                for (i, _), output in zip(batch, outputs, strict=True):
+                    if output is not None:
+                        results[i].append(output)
+        except BaseException:
+            for sequence, n in lengths.items():
+                self.truncate(sequence, n)
+            raise
+        return [None if not parts else parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in results]
+
+
+def _layer(runner: _native.Runner, name: str, layer: LayerWeights) -> dict:
+    built = {linear: _linear(runner, f"{name}.{linear}", getattr(layer, linear)) for linear in LINEARS}
+    for norm in NORMS:
+        value = getattr(layer, norm)
+        built[norm] = None if value is None else np.ascontiguousarray(value)
+    return built
+
+
+def _linear(runner: _native.Runner, name: str, w: LinearWeights) -> _native.Linear:
+    data = np.ascontiguousarray(w.data)
+    bias = None if w.bias is None else np.ascontiguousarray(w.bias)
+    try:
+        return _native.Linear(runner, w.layout, data, w.rows, w.cols, float(w.scale), w.activations, bias)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _as_int32(job: Job) -> Job:
+    def convert(name: str, values: NDArray) -> NDArray[np.int32]:
+        values = np.asarray(values)
+        if values.ndim != 1 or values.dtype.kind not in "iu":
+            raise ValueError(f"{name} of sequence {job.sequence} are {values.dtype} with {values.ndim} dimensions, "
+                             "expected one dimension of integers")
+        if values.size and not -(2**31) <= values.min() <= values.max() < 2**31:
+            raise ValueError(f"{name} of sequence {job.sequence} do not fit into int32")
+        return np.ascontiguousarray(values, dtype=np.int32)
+
+    targets = None if job.targets is None else convert("targets", job.targets)
+    return dataclasses.replace(job, tokens=convert("tokens", job.tokens), targets=targets)
+
+
+def _fields(job: Job) -> tuple:
+    return (job.sequence, job.tokens, job.want, job.targets)
+
+
+def _batches(jobs: list[Job]) -> Iterator[list[tuple[int, Job]]]:
+    """The jobs cut into batches of at most CHUNK tokens: (index of the job, a piece of it)."""
+    batch: list[tuple[int, Job]] = []
+    room = CHUNK
+    for i, job in enumerate(jobs):
+        at, end = 0, len(job.tokens)
+        while at < end:
+            to = min(end, at + room)
+            want = "none" if job.want == "last" and to < end else job.want
+            targets = None if job.targets is None else job.targets[at:to]
+            batch.append((i, Job(job.sequence, job.tokens[at:to], want, targets)))
+            room -= to - at
+            at = to
+            if room == 0:
+                yield batch
+                batch, room = [], CHUNK
+    if batch:
+        yield batch

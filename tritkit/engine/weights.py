@@ -1,0 +1,155 @@
+"""The weights of a decoder as the native engine takes them: numpy arrays as they are in a file, and what they mean."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+DTYPES = {  # layout of a file -> what numpy calls its bytes
+    "hf_autobitlinear": np.uint8,
+    "hf_bitlinear": np.uint8,
+    "binary_rows": np.uint8,
+    "f32": np.float32,
+    "f16": np.uint16,
+    "bf16": np.uint16,
+}
+FLOATS = ("f32", "f16", "bf16")
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float
+    rms_norm_eps: float
+    activation: str  # silu, relu2
+    sub_norms: bool  # norms before o and down
+    context_length: int
+
+
+@dataclass(frozen=True)
+class LinearWeights:
+    """One matrix, y = scale * (codes @ x) + bias, or the floats themselves.
+
+    data by layout:
+      hf_autobitlinear, hf_bitlinear  uint8 [rows / 4, cols], strided along the rows (transformers' pack_weights)
+      binary_rows                     uint8 [rows, ceil(cols / 8)], bit j of byte b: the code of column 8b + j is +1
+      f32                             float32 [rows, cols]
+      f16, bf16                       uint16 [rows, cols], the bits
+    `scale` multiplies, also for hf_bitlinear, whose file holds the inverse.
+    activations: a8, a8_q128 for packed layouts, None for floats.
+    """
+
+    layout: str
+    data: NDArray
+    rows: int
+    cols: int
+    scale: float = 1.0
+    activations: str | None = None
+    bias: NDArray[np.float32] | None = None
+
+    def data_shape(self) -> tuple[int, int]:
+        if self.layout in ("hf_autobitlinear", "hf_bitlinear"):
+            return (-(-self.rows // 4), self.cols)
+        if self.layout == "binary_rows":
+            return (self.rows, -(-self.cols // 8))
+        return (self.rows, self.cols)
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    q: LinearWeights
+    k: LinearWeights
+    v: LinearWeights
+    o: LinearWeights
+    gate: LinearWeights
+    up: LinearWeights
+    down: LinearWeights
+    input_norm: NDArray[np.float32]
+    post_attention_norm: NDArray[np.float32]
+    attn_sub_norm: NDArray[np.float32] | None = None
+    ffn_sub_norm: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True)
+class DecoderWeights:
+    shape: DecoderShape
+    embedding: LinearWeights
+    layers: list[LayerWeights]
+    final_norm: NDArray[np.float32]
+    head: LinearWeights | None = None  # None: the embedding is the head
+
+
+def check(weights: DecoderWeights) -> None:
+    """ValueError with the name of the first tensor that does not fit the shape."""
+    s = weights.shape
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim"):
+        if getattr(s, name) < 1:
+            raise ValueError(f"{name} is {getattr(s, name)}, expected at least 1")
+    if s.num_heads % s.num_kv_heads:
+        raise ValueError(f"num_heads is {s.num_heads}, expected a multiple of num_kv_heads, {s.num_kv_heads}")
+    if s.head_dim % 2:
+        raise ValueError(f"head_dim is {s.head_dim}, expected an even number")
+    if len(weights.layers) != s.num_layers:
+        raise ValueError(f"there are {len(weights.layers)} layers, expected {s.num_layers}")
+    q, kv = s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim
+    linears = {
+        "q": (q, s.hidden_size),
+        "k": (kv, s.hidden_size),
+        "v": (kv, s.hidden_size),
+        "o": (s.hidden_size, q),
+        "gate": (s.intermediate_size, s.hidden_size),
+        "up": (s.intermediate_size, s.hidden_size),
+        "down": (s.hidden_size, s.intermediate_size),
+    }
+    norms = {
+        "input_norm": s.hidden_size,
+        "post_attention_norm": s.hidden_size,
+        "attn_sub_norm": q if s.sub_norms else None,
+        "ffn_sub_norm": s.intermediate_size if s.sub_norms else None,
+    }
+    _check_linear("embedding", weights.embedding, (s.vocab_size, s.hidden_size))
+    if weights.embedding.layout not in FLOATS:
+        raise ValueError(f"embedding has layout {weights.embedding.layout}, expected one of {', '.join(FLOATS)}")
+    if weights.head is not None:
+        _check_linear("head", weights.head, (s.vocab_size, s.hidden_size))
+    _check_norm("final_norm", weights.final_norm, s.hidden_size)
+    for i, layer in enumerate(weights.layers):
+        for name, shape in linears.items():
+            _check_linear(f"layers[{i}].{name}", getattr(layer, name), shape)
+        for name, size in norms.items():
+            _check_norm(f"layers[{i}].{name}", getattr(layer, name), size)
+
+
+def _check_linear(name: str, linear: LinearWeights, shape: tuple[int, int]) -> None:
+    if linear.layout not in DTYPES:
+        raise ValueError(f"{name} has layout {linear.layout!r}, expected one of {', '.join(DTYPES)}")
+    if (linear.rows, linear.cols) != shape:
+        raise ValueError(f"{name} has shape {[linear.rows, linear.cols]}, expected {list(shape)}")
+    expected = (np.dtype(DTYPES[linear.layout]), linear.data_shape())
+    if (linear.data.dtype, linear.data.shape) != expected:
+        raise ValueError(
+            f"{name} has data {linear.data.dtype} {list(linear.data.shape)}, "
+            f"expected {expected[0]} {list(expected[1])} for {linear.layout}"
+        )
+    if linear.bias is not None and (linear.bias.dtype, linear.bias.shape) != (np.float32, (linear.rows,)):
+        raise ValueError(
+            f"{name}.bias is {linear.bias.dtype} {list(linear.bias.shape)}, expected float32 [{linear.rows}]"
+        )
+    allowed = (None,) if linear.layout in FLOATS else ("a8", "a8_q128")
+    if linear.activations not in allowed:
+        raise ValueError(f"{name} has activations {linear.activations!r}, expected {' or '.join(map(str, allowed))}")
+
+
+def _check_norm(name: str, norm: NDArray | None, size: int | None) -> None:
+    if norm is None or size is None:
+        if norm is not None or size is not None:
+            found, expected = ("missing", "present") if norm is None else ("present", "none")
+            raise ValueError(f"{name} is {found}, expected {expected}")
+    elif (norm.dtype, norm.shape) != (np.float32, (size,)):
+        raise ValueError(f"{name} is {norm.dtype} {list(norm.shape)}, expected float32 [{size}]")
