@@ -1,0 +1,26 @@
+"""Number formats: which numbers a weight or an activation may be. One file and one row in FORMATS each."""
+
+from .base import Format, Grid, QTensor, fake_quantize
+from .binary import Binary
+from .integer import AbsmaxActivation, AbsmeanActivation, integer, parse_integer
+from .ternary import Ternary
+
+FORMATS: dict[str, Format] = {
+    "binary": Binary(),
+    "ternary": Ternary(),
+    "a8": AbsmaxActivation("a8", -128, 127, "row"),
+    "a8_q128": AbsmaxActivation("a8_q128", -128, 127, "row", peak=128.0),
+    "a4": AbsmeanActivation("a4", -8, 7, "row"),
+}
+
+
+def format_of(name: str) -> Format:
+    """The format of that name: a row of FORMATS, or int{2..8}[_g{N}|_row|_tensor][_asym]."""
+    found = FORMATS.get(name) or parse_integer(name)
+    if found is None:
+        known = ", ".join(FORMATS)
+        raise ValueError(f"unknown format {name!r}; known are {known} and int2..int8 with _gN, _row or _tensor, _asym")
+    return found
+
+
+__all__ = ["FORMATS", "Format", "Grid", "QTensor", "fake_quantize", "format_of", "integer"]

@@ -1,0 +1,50 @@
+"""What a layout is: codes and scales to named byte arrays and back. numpy only."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What a layout stores of one weight matrix, by tensor suffix ("weight", "weight_scale", ...)."""
+
+    arrays: dict[str, np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(a.nbytes for a in self.arrays.values())
+
+
+@dataclass(frozen=True)
+class Unpacked:
+    """codes: int16 [out, in]; scale and offset: float32 [rows, groups], rows and groups 1 where shared."""
+
+    codes: np.ndarray
+    scale: np.ndarray
+    offset: np.ndarray | None = None
+
+
+class Layout(ABC):
+    """Bytes of one weight matrix. ``pack`` refuses, with ValueError, what it cannot express."""
+
+    name: str
+
+    @abstractmethod
+    def pack(self, matrix: Unpacked) -> Packed: ...
+
+    @abstractmethod
+    def unpack(self, packed: Packed, shape: tuple[int, int]) -> Unpacked: ...
+
+    def _require_codes(self, codes: np.ndarray, allowed: tuple[int, ...]) -> None:
+        low, high = int(codes.min(initial=0)), int(codes.max(initial=0))
+        if low < min(allowed) or high > max(allowed) or not np.isin(codes, allowed).all():
+            raise ValueError(f"{self.name} holds the codes {allowed}, but the matrix has codes from {low} to {high}")
+
+    def _one_scale(self, matrix: Unpacked) -> np.ndarray:
+        if matrix.scale.size != 1 or matrix.offset is not None:
+            raise ValueError(f"{self.name} holds one scale per matrix, but this matrix has {matrix.scale.size}")
+        return matrix.scale.astype(np.float32).reshape(1)

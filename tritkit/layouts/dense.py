@@ -1,0 +1,64 @@
+"""Our own layouts: codes of any width, bit after bit along a row."""
+
+import numpy as np
+
+from .base import Layout, Packed, Unpacked
+
+
+class BinaryRows(Layout):
+    """One bit a weight: bit j (lowest first) of byte b of a row is set where the code of column 8b+j is +1."""
+
+    name = "binary_rows"
+
+    def pack(self, matrix: Unpacked) -> Packed:
+        if matrix.codes.shape[1] % 8:
+            raise ValueError(f"{self.name} packs eight columns in a byte, but a row has {matrix.codes.shape[1]}")
+        self._require_codes(matrix.codes, (-1, 1))
+        bits = np.packbits(matrix.codes > 0, axis=1, bitorder="little")
+        return Packed({"weight": bits, "weight_scale": self._one_scale(matrix)})
+
+    def unpack(self, packed: Packed, shape: tuple[int, int]) -> Unpacked:
+        byte = packed.arrays["weight"]
+        if byte.shape != (shape[0], shape[1] // 8):
+            raise ValueError(f"{self.name} of a {shape} matrix is {(shape[0], shape[1] // 8)} bytes, not {byte.shape}")
+        bits = np.unpackbits(byte, axis=1, bitorder="little").astype(np.int16)
+        return Unpacked(2 * bits - 1, packed.arrays["weight_scale"].astype(np.float32).reshape(1, 1))
+
+
+class Dense(Layout):
+    """Codes minus ``lo``, lowest bit first along each row, rows padded to bytes; the header array says bits and lo.
+
+    Scales and offsets are float16 where a matrix has groups (the formats round them so) and float32 otherwise.
+    """
+
+    name = "dense"
+
+    def pack(self, matrix: Unpacked) -> Packed:
+        low, high = int(matrix.codes.min()), int(matrix.codes.max())
+        # Two's complement ranges keep their natural width: -8..7 is four bits even where no code is -8.
+        lo = 0 if low >= 0 else -(1 << max(int(max(-low - 1, high)).bit_length(), 0))
+        bits = max(int(max(high - lo, -2 * lo - 1 if lo else 1)).bit_length(), 1)
+        if bits > 8:
+            raise ValueError(f"dense holds codes of at most 8 bits, but the matrix has codes from {low} to {high}")
+        code_bits = np.unpackbits((matrix.codes - lo).astype(np.uint8)[..., None], axis=-1, bitorder="little")
+        packed = np.packbits(code_bits[..., :bits].reshape(matrix.codes.shape[0], -1), axis=1, bitorder="little")
+        stored = np.float16 if matrix.scale.shape[1] > 1 else np.float32
+        arrays = {
+            "weight": packed,
+            "weight_scale": matrix.scale.astype(stored),
+            "weight_code": np.array([bits, lo], np.int16),
+        }
+        if matrix.offset is not None:
+            zero = np.rint(-matrix.offset / matrix.scale)
+            arrays["weight_zero"] = zero.astype(np.uint8)
+        return Packed(arrays)
+
+    def unpack(self, packed: Packed, shape: tuple[int, int]) -> Unpacked:
+        bits, lo = (int(v) for v in packed.arrays["weight_code"])
+        flat = np.unpackbits(packed.arrays["weight"], axis=1, bitorder="little")[:, : shape[1] * bits]
+        code_bits = np.zeros((*shape, 8), np.uint8)
+        code_bits[..., :bits] = flat.reshape(*shape, bits)
+        codes = np.packbits(code_bits, axis=-1, bitorder="little")[..., 0].astype(np.int16) + lo
+        scale = packed.arrays["weight_scale"].astype(np.float32)
+        zero = packed.arrays.get("weight_zero")
+        return Unpacked(codes, scale, None if zero is None else -scale * zero.astype(np.float32))
