@@ -1,0 +1,166 @@
+"""The linear layers and norms that models are built of.
+
+Shapes: b batch, t tokens, i in features, o out features; rows = b * t.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .formats import Format, fake_quantize, format_of
+from .kernels import integer_product
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight in float32 (Zhang and Sennrich 2019), as LlamaRMSNorm and BitNetRMSNorm compute it."""
+
+    def __init__(self, features: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(features))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps))
+
+
+class Codes(NamedTuple):
+    """Activations that were rounded once for all the linears that read them. values: int8 [rows, i], scale [rows, 1]."""
+
+    x: Tensor
+    values: Tensor
+    scale: Tensor
+
+
+class Linear(nn.Linear):
+    """A linear without bias by default, in full precision. ``prepare`` exists so that every kind of linear has it."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False):
+        super().__init__(in_features, out_features, bias=bias)
+
+    def prepare(self, x: Tensor) -> Tensor | Codes:
+        """What this linear wants to be given for x; shared by the linears that read the same x."""
+        return x
+
+
+class BitLinear(Linear):
+    """A linear that trains with quantised weights and activations and keeps latent full-precision weights.
+
+    Forward: y = (codes of x) . (codes of W) * scale of x * scale of W, an exact integer product (BitNet eq. 7 and
+    b1.58 section 2 of the papers). Backward: straight through both roundings, so dL/dx = dL/dy . W~ and
+    dL/dW = dL/dy^T . x~ with the rounded values. Norms are not inside: they sit where BitNet-b1.58-2B-4T has them.
+
+    ``strength`` below 1 mixes the latent values in (warm-up of a conversion, FACTS 6.5) and runs in floating point.
+    """
+
+    def __init__(self, in_features: int, out_features: int, weights: Format, activations: Format, bias: bool = False):
+        super().__init__(in_features, out_features, bias)
+        self.weights, self.activations = weights, activations
+        self.strength = 1.0
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether the product can run on int8 codes: one weight scale, one scale a token, no offset."""
+        return (
+            self.strength == 1.0
+            and self.weights.group == "tensor"
+            and self.activations.group == "row"
+            and max(-self.weights.lo, self.weights.hi, -self.activations.lo - 1, self.activations.hi) <= 127
+            and not self.weights.name.endswith("_asym")
+        )
+
+    def prepare(self, x: Tensor) -> Tensor | Codes:
+        if not self.is_integer:
+            return x
+        with torch.no_grad():
+            rows = self.activations.split(x.detach().float())
+            grid = self.activations.fit(rows)
+            values = self.activations.encode(rows, grid).to(torch.int8)
+        return Codes(x, values[:, 0], grid.scale[:, 0])
+
+    def forward(self, x: Tensor | Codes) -> Tensor:  # type: ignore[override]
+        if isinstance(x, Tensor):
+            x = self.prepare(x)
+        if isinstance(x, Codes):
+            y = _IntegerLinear.apply(x.x, self.weight, x.values, x.scale, self.weights)
+        else:
+            w = fake_quantize(self.weight, self.weights, self.strength)
+            y = F.linear(fake_quantize(x, self.activations, self.strength), w)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, weights={self.weights.name}, activations={self.activations.name}"
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast is on with for this device, else None."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+class _IntegerLinear(torch.autograd.Function):
+    """y = x~ W~^T by codes, with the straight-through gradient. Saves int8 codes: a quarter of the float memory."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, x_codes: Tensor, x_scale: Tensor, format: Format):  # type: ignore[override]
+        w = weight.detach().float()
+        w_rgk = format.split(w)
+        grid = format.fit(w_rgk)
+        w_codes = format.encode(w_rgk, grid).reshape(w.shape).to(torch.int8)
+        w_scale = grid.scale.reshape(())
+        y = integer_product(x_codes, w_codes).float().mul_(x_scale * w_scale)
+        ctx.save_for_backward(x_codes, x_scale, w_codes, w_scale)
+        ctx.dtypes = x.dtype, weight.dtype
+        ctx.compute = autocast_dtype(x.device) or torch.float32
+        return y.to(ctx.compute).reshape(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):  # type: ignore[override]
+        x_codes, x_scale, w_codes, w_scale = ctx.saved_tensors
+        x_dtype, w_dtype = ctx.dtypes
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        grad_x = grad_w = None
+        # The scales go onto the gradient, so that the other factor stays a code: exact even in bfloat16.
+        if ctx.needs_input_grad[0]:
+            grad_x = (rows.to(ctx.compute) @ w_codes.to(ctx.compute)).to(x_dtype).mul_(w_scale)
+            grad_x = grad_x.reshape(*gradient.shape[:-1], -1)
+        if ctx.needs_input_grad[1]:
+            scaled = (rows * x_scale).to(ctx.compute)
+            grad_w = (scaled.t() @ x_codes.to(ctx.compute)).to(w_dtype)
+        return grad_x, grad_w, None, None, None
+
+
+class PackedLinear(nn.Module):
+    """A linear that only runs: codes are kept as int8, the product is the same integer product as BitLinear's.
+
+    codes: int8 [o, i]; scale: float32 scalar; activations: the format that x is rounded to.
+    """
+
+    def __init__(self, codes: Tensor, scale: Tensor, activations: Format, bias: Tensor | None = None):
+        super().__init__()
+        self.codes, self.scale, self.bias = nn.Buffer(codes), nn.Buffer(scale), bias
+        self.activations = activations
+        self.out_features, self.in_features = codes.shape
+
+    prepare = BitLinear.prepare
+    is_integer = True
+
+    def forward(self, x: Tensor | Codes) -> Tensor:
+        codes = x if isinstance(x, Codes) else self.prepare(x)
+        assert isinstance(codes, Codes)
+        y = integer_product(codes.values, self.codes).float() * (codes.scale * self.scale)
+        y = y.reshape(*codes.x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
+def linear_for(weights: str | None, activations: str | None):
+    """The class of linear for a pair of formats, as a function (in_features, out_features) -> Linear."""
+    if weights is None:
+        return Linear
+    if activations is None:
+        raise ValueError(f"weights in {weights!r} need an activation format too, for instance activations = 'a8'")
+    w, a = format_of(weights), format_of(activations)
+    return lambda in_features, out_features: BitLinear(in_features, out_features, w, a)

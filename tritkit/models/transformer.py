@@ -1,0 +1,213 @@
+"""The decoder, top to bottom: the llama and the bitnet family in one transformer.
+
+They differ in three places, marked below: bitnet gates its MLP with relu(x)^2 instead of silu, and normalises once
+more before o_proj and before down_proj (sub-norms, FACTS 5.1). b1, b1.58 and a4.8 are the bitnet family with other
+formats on its linears. Modules bear Hugging Face's names, so a state dict needs no translation.
+
+Shapes: b batch, t new tokens, s tokens seen so far (cache included), h heads, d head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..layers import Linear, RMSNorm, linear_for
+from .config import ModelConfig
+
+SHORT_CONTEXT = 1024  # up to here a full matrix of attention scores is affordable
+
+MakeLinear = Callable[[int, int], nn.Module]
+
+
+class KVCache:
+    """Keys and values of one layer, [b, kv heads, s, d], grown by doubling."""
+
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self.length = 0
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        end = self.length + k.shape[2]
+        if self.keys is None or self.values is None or self.keys.shape[2] < end:
+            room = (*k.shape[:2], max(2 * end, 64), k.shape[3])
+            keys, values = k.new_empty(room), v.new_empty(room)
+            if self.keys is not None and self.values is not None:
+                keys[:, :, : self.length] = self.keys[:, :, : self.length]
+                values[:, :, : self.length] = self.values[:, :, : self.length]
+            self.keys, self.values = keys, values
+        self.keys[:, :, self.length : end] = k
+        self.values[:, :, self.length : end] = v
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+def rope_tables(config: ModelConfig, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """cos and sin, float32 [positions, d]: rotary embedding of Su et al. 2021 in the half-split (NeoX) order."""
+    exponent = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
+    inverse_frequency = torch.from_numpy((config.rope_theta**-exponent).astype(np.float32))
+    angle = torch.arange(config.max_position_embeddings, dtype=torch.float32)[:, None] * inverse_frequency
+    angle = torch.cat([angle, angle], dim=-1)
+    return angle.cos().to(device), angle.sin().to(device)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [b, h, t, d] turned by its position; cos, sin [t, d]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, past: int) -> Tensor:
+    """Causal attention, [b, h, t, d] from q [b, h, t, d] and k, v [b, h, past + t, d]."""
+    t, s = q.shape[2], k.shape[2]
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and t <= SHORT_CONTEXT:
+        # torch's fused CPU attention runs bfloat16 at a fraction of the matmul rate: two plain products are
+        # 2.5x faster forward and backward at 256 tokens (docs/log.md).
+        masked = torch.full((t, s), float("-inf"), dtype=q.dtype).triu(past + 1)
+        scores = torch.matmul(q, k.transpose(2, 3)) * q.shape[3] ** -0.5 + masked
+        return torch.matmul(scores.softmax(-1), v)
+    mask = None
+    if past and t > 1:  # new token i sees the past and the new tokens up to itself
+        mask = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(past)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=past == 0 and t > 1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, linear: MakeLinear):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        self.q_proj = linear(config.hidden_size, self.heads * self.head_dim)
+        self.k_proj = linear(config.hidden_size, self.kv_heads * self.head_dim)
+        self.v_proj = linear(config.hidden_size, self.kv_heads * self.head_dim)
+        self.o_proj = linear(self.heads * self.head_dim, config.hidden_size)
+        # bitnet: attention's output is normalised before o_proj
+        self.attn_sub_norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if config.sub_norms else None
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        b, t, _ = x.shape
+        x = self.q_proj.prepare(x)  # rounded once for q, k and v
+        q = self.q_proj(x).view(b, t, self.heads, self.head_dim).transpose(1, 2)
+        k = self.k_proj(x).view(b, t, self.kv_heads, self.head_dim).transpose(1, 2)
+        v = self.v_proj(x).view(b, t, self.kv_heads, self.head_dim).transpose(1, 2)
+        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
+        past = 0
+        if cache is not None:
+            past = cache.length
+            k, v = cache.append(k, v)
+        if self.kv_heads != self.heads:
+            k, v = (kv.repeat_interleave(self.heads // self.kv_heads, dim=1) for kv in (k, v))
+        y = attend(q, k, v, past).transpose(1, 2).reshape(b, t, -1)
+        return self.o_proj(y if self.attn_sub_norm is None else self.attn_sub_norm(y))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig, linear: MakeLinear):
+        super().__init__()
+        self.gate_proj = linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = linear(config.intermediate_size, config.hidden_size)
+        # bitnet: relu(x)^2, and its product is normalised before down_proj
+        self.activation = {"silu": F.silu, "relu2": lambda x: F.relu(x).square()}[config.hidden_act]
+        self.ffn_sub_norm = RMSNorm(config.intermediate_size, config.rms_norm_eps) if config.sub_norms else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.gate_proj.prepare(x)
+        y = self.activation(self.gate_proj(x)) * self.up_proj(x)
+        return self.down_proj(y if self.ffn_sub_norm is None else self.ffn_sub_norm(y))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: ModelConfig, linear: MakeLinear):
+        super().__init__()
+        self.self_attn = Attention(config, linear)
+        self.mlp = MLP(config, linear)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, final norm. ``Transformer`` puts the output head on it."""
+
+    def __init__(self, config: ModelConfig, linear: MakeLinear):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, linear) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Transformer(nn.Module):
+    """tokens int64 [b, t] to logits float32 [b, t, vocabulary]."""
+
+    def __init__(self, config: ModelConfig, linear: MakeLinear):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config, linear)
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
+        cos, sin = rope_tables(config)
+        self.cos, self.sin = nn.Buffer(cos, persistent=False), nn.Buffer(sin, persistent=False)
+
+    def hidden(self, tokens: Tensor, cache: list[KVCache] | None = None) -> Tensor:
+        """What the output head reads: float32 [b, t, hidden]. ValueError where the sequence outgrows the model."""
+        start = cache[0].length if cache else 0
+        end = start + tokens.shape[1]
+        if end > self.config.max_position_embeddings:
+            raise ValueError(
+                f"the sequence has {end} tokens, but the model's context is {self.config.max_position_embeddings}"
+            )
+        x = self.model.embed_tokens(tokens)
+        cos, sin = self.cos[start:end], self.sin[start:end]
+        for i, layer in enumerate(self.model.layers):
+            x = layer(x, cos, sin, cache[i] if cache else None)
+        return self.model.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Output head, float32 [..., vocabulary]."""
+        weight = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return F.linear(hidden, weight).float()
+
+    def forward(self, tokens: Tensor, cache: list[KVCache] | None = None) -> Tensor:
+        return self.logits(self.hidden(tokens, cache))
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats over targets; -1 is not counted. tokens, targets int64 [b, t]."""
+        logits = self.logits(self.hidden(tokens))
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def new_cache(self) -> list[KVCache]:
+        return [KVCache() for _ in self.model.layers]
+
+    def linears(self) -> dict[str, nn.Module]:
+        """The linears of the layers by name, in order of computation: what formats apply to."""
+        names = [
+            *(f"self_attn.{p}_proj" for p in "qkvo"),
+            *(f"mlp.{p}_proj" for p in ("gate", "up", "down")),
+        ]
+        return {
+            f"model.layers.{i}.{name}": layer.get_submodule(name)
+            for i, layer in enumerate(self.model.layers)
+            for name in names
+        }
+
+
+def build(config: ModelConfig, linear: MakeLinear | None = None, seed: int | None = None) -> Transformer:
+    """A model of that config with its linears' class chosen at birth; ``seed`` initialises it, N(0, range^2)."""
+    model = Transformer(config, linear or linear_for(config.weights, config.activations))
+    if seed is not None:
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=config.initializer_range, generator=generator)
+    return model
