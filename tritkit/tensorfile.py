@@ -1,0 +1,118 @@
+"""safetensors files, read as memory-mapped numpy arrays. bfloat16 comes as raw uint16, so no torch is needed."""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from .files import atomic_open
+
+# How numpy sees each dtype of the file; BF16 has no numpy dtype and stays raw.
+DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": np.uint16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+LARGEST_HEADER = 100_000_000  # the limit of the safetensors library itself
+
+
+class StoredTensor(NamedTuple):
+    """dtype: the file's word ("F32", "BF16", ...); array: a read-only view into the file."""
+
+    dtype: str
+    array: np.ndarray
+
+    def float32(self) -> np.ndarray:
+        """The values as a new float32 array; ValueError where they are no floats."""
+        if self.dtype == "BF16":
+            return (self.array.astype(np.uint32) << 16).view(np.float32)
+        if self.dtype not in ("F64", "F32", "F16"):
+            raise ValueError(f"a tensor of dtype {self.dtype} holds codes, not floats")
+        return self.array.astype(np.float32)
+
+
+class TensorFile(Mapping[str, StoredTensor]):
+    """The tensors of one safetensors file by name. A file is data: every bound is checked before it is believed."""
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        size = self.path.stat().st_size if self.path.is_file() else 0
+        if size < 8:
+            raise ValueError(f"{path} is not a safetensors file: it has {size} bytes")
+        self._bytes = np.memmap(self.path, np.uint8, "r")
+        (length,) = struct.unpack("<Q", self._bytes[:8].tobytes())
+        if length > min(size - 8, LARGEST_HEADER):
+            raise ValueError(f"{path} is not a safetensors file: its header claims {length} of {size} bytes")
+        try:
+            header = json.loads(self._bytes[8 : 8 + length].tobytes())
+            self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        except (ValueError, AttributeError):
+            raise ValueError(f"{path} is not a safetensors file: its header is not a JSON object") from None
+        self._start = 8 + length
+        self._header: dict[str, dict] = header
+        for name in header:
+            self._view(name)
+
+    def _view(self, name: str) -> StoredTensor:
+        entry = self._header[name]
+        try:
+            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            kind = np.dtype(DTYPES[dtype])
+            count = 1
+            for side in shape:
+                count *= side
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"{self.path}: tensor {name!r} has an entry that is not understood") from None
+        if not 0 <= begin <= end <= len(self._bytes) - self._start or end - begin != count * kind.itemsize:
+            raise ValueError(f"{self.path}: tensor {name!r} claims bytes {begin} to {end}, which do not fit {shape}")
+        raw = self._bytes[self._start + begin : self._start + end]
+        return StoredTensor(dtype, raw.view(kind).reshape(shape))
+
+    def __getitem__(self, name: str) -> StoredTensor:
+        if name not in self._header:
+            raise ValueError(f"{self.path} has no tensor {name!r}")
+        return self._view(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._header
+
+    def __iter__(self):
+        return iter(self._header)
+
+    def __len__(self) -> int:
+        return len(self._header)
+
+    def checksum(self) -> int:
+        """CRC-32 of all tensor bytes, in the file's order."""
+        return zlib.crc32(self._bytes[self._start :])
+
+
+def write_tensors(path: Path | str, tensors: Mapping[str, StoredTensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file atomically. ``metadata`` gets "format": "pt", which transformers asks for.
+
+    By hand, since the library's own writer takes no raw bfloat16 from numpy; tests read it back with the library.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.array.nbytes
+        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.array.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors.values():
+            file.write(np.ascontiguousarray(tensor.array).reshape(-1).view(np.uint8).data)

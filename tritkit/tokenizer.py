@@ -1,0 +1,126 @@
+"""Text to token ids and back: byte-level BPE with GPT-2's pre-tokeniser, as Hugging Face's tokenizers keeps it.
+
+Imports no torch. A tokenizer is read from and written to a model folder: tokenizer.json and tokenizer_config.json.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from .files import atomic_open
+
+BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
+
+
+class Tokenizer:
+    """A tokenizers.Tokenizer with the begin and end of a text and the chat template that its folder names."""
+
+    def __init__(self, inner: HFTokenizer, config: dict[str, Any]):
+        self.inner, self.config = inner, config
+        self.bos_id = self._id(config.get("bos_token"))
+        self.eos_id = self._id(config.get("eos_token"))
+        self.chat_template: str | None = config.get("chat_template")
+
+    def _id(self, token: Any) -> int | None:
+        text = token.get("content") if isinstance(token, dict) else token
+        return None if text is None else self.inner.token_to_id(text)
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Tokenizer:
+        """Read a folder, or a tokenizer.json by itself. ValueError where there is none."""
+        path = Path(folder)
+        file = path if path.is_file() else path / "tokenizer.json"
+        if not file.is_file():
+            raise ValueError(f"{folder} has no tokenizer.json")
+        try:
+            inner = HFTokenizer.from_str(file.read_text(encoding="utf-8"))
+        except Exception as error:  # tokenizers raises a bare Exception for every malformed file
+            raise ValueError(f"{file} is not a tokenizer of the tokenizers library: {error}") from None
+        beside = file.with_name("tokenizer_config.json")
+        config = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+        template = file.with_name("chat_template.jinja")
+        if template.is_file():
+            config.setdefault("chat_template", template.read_text(encoding="utf-8"))
+        return cls(inner, config)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int, show_progress: bool = False) -> Tokenizer:
+        """Byte-level BPE over ``texts`` with GPT-2's pre-tokeniser, a begin-of-text and an end-of-text token."""
+        if vocab_size < 256 + 2:
+            raise ValueError(
+                f"a byte-level vocabulary needs at least 258 tokens (256 bytes, BOS, EOS), not {vocab_size}"
+            )
+        inner = HFTokenizer(models.BPE())
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        inner.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[BOS, EOS],
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=show_progress,
+        )
+        inner.train_from_iterator(_pieces(texts), trainer)
+        bos = inner.token_to_id(BOS)
+        inner.post_processor = processors.TemplateProcessing(
+            single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, bos)]
+        )
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": BOS,
+            "eos_token": EOS,
+            "clean_up_tokenization_spaces": False,
+        }
+        return cls(inner, config)
+
+    def save(self, folder: Path | str) -> None:
+        with atomic_open(Path(folder) / "tokenizer.json") as file:
+            file.write(self.inner.to_str())
+        with atomic_open(Path(folder) / "tokenizer_config.json") as file:
+            json.dump(self.config, file, indent=2)
+
+    def __len__(self) -> int:
+        return self.inner.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Token ids; ``special`` adds what the tokenizer puts around a text (BOS)."""
+        return self.inner.encode(text, add_special_tokens=special).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Ids without special tokens, on all cores."""
+        return [e.ids for e in self.inner.encode_batch(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.inner.decode(list(ids), skip_special_tokens=True)
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Text as it becomes complete: a token may end inside a UTF-8 character."""
+        held: list[int] = []
+        shown = ""
+        for token in ids:
+            held.append(token)
+            text = self.decode(held)
+            if not text.endswith("\ufffd"):
+                yield text[len(shown) :]
+                shown = text
+                if text.endswith("\n"):  # a safe place to forget the past, so that decoding stays linear
+                    held, shown = [], ""
+        rest = self.decode(held)[len(shown) :]
+        if rest:
+            yield rest
+
+
+def _pieces(texts: Iterable[str], size: int = 1 << 16) -> Iterator[str]:
+    """Long texts cut at line ends, so that the trainer can work on all cores. Cuts keep every character."""
+    for text in texts:
+        start = 0
+        while start < len(text):
+            end = text.find("\n", start + size)
+            end = len(text) if end < 0 else end + 1
+            yield text[start:end]
+            start = end

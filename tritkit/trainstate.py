@@ -1,0 +1,187 @@
+"""What a training run keeps on disk: checkpoints that cannot be half-written, and a log with each step once."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import open_folder, write_folder
+from .files import atomic_open
+from .models.config import ModelConfig
+from .progress import console
+from .tensorfile import StoredTensor, TensorFile, write_tensors
+from .tokenizer import Tokenizer
+
+KEPT = 2  # checkpoints; the one before the last is the fallback where the last is damaged
+SETTINGS = "settings.toml"
+
+
+class TrainState:
+    """The folder OUT/training and OUT/log.jsonl."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.log_file = folder.parent / "log.jsonl"
+        self._log: Any = None
+
+    def claim(self, settings: str, finished: bool, overwrite: bool) -> None:
+        """Make the folder this run's own. ValueError where it holds a finished model or other settings."""
+        if overwrite:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.log_file.unlink(missing_ok=True)
+            for name in ("config.json", "model.safetensors"):
+                (self.folder.parent / name).unlink(missing_ok=True)
+        elif finished:
+            raise ValueError(f"{self.folder.parent} already holds a trained model; give another folder, or --overwrite")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for stale in self.folder.glob(".*.tmp"):
+            stale.unlink()
+        before = self.folder / SETTINGS
+        if before.is_file() and before.read_text(encoding="utf-8") != settings:
+            changed = [
+                line
+                for line in settings.splitlines()
+                if line and line not in before.read_text(encoding="utf-8").splitlines()
+            ]
+            raise ValueError(
+                f"{self.folder.parent} was begun with other settings ({'; '.join(changed) or 'one was left out'}); "
+                "give another folder, or --overwrite to begin anew"
+            )
+        with atomic_open(before) as file:
+            file.write(settings)
+
+    def checkpoints(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*.safetensors"))
+
+    def last_step(self) -> int:
+        files = self.checkpoints()
+        return int(files[-1].stem.split("-")[1]) if files else 0
+
+    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Write the checkpoint of ``step`` and let go of old ones, in that order."""
+        tensors = {**_model_tensors(model), **_optimizer_tensors(model, optimizer)}
+        path = self.folder / f"step-{step:08d}.safetensors"
+        if not path.is_file():
+            _write_checked(path, tensors, {"step": str(step)})
+        for old in self.checkpoints()[:-KEPT]:
+            old.unlink()
+
+    def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+        """Load the newest checkpoint that is whole; returns its step, 0 where there is none. Cuts the log back to it."""
+        step = 0
+        for path in reversed(self.checkpoints()):
+            try:
+                file = _read_checked(path)
+            except ValueError as error:
+                console().print(f"warning: {error}; going on from the checkpoint before it")
+                path.unlink()
+                continue
+            _load_model(file, model)
+            _load_optimizer(file, model, optimizer)
+            step = int(file.metadata["step"])
+            break
+        kept = [entry for entry in self.read_log() if entry["step"] <= step]
+        with atomic_open(self.log_file) as out:
+            out.writelines(json.dumps(entry) + "\n" for entry in kept)
+        return step
+
+    def read_log(self) -> list[dict[str, Any]]:
+        """The logged steps in order; a last line that was cut off by a kill is not one."""
+        lines = self.log_file.read_text(encoding="utf-8").splitlines(keepends=True) if self.log_file.is_file() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def log(self, entry: dict[str, Any]) -> None:
+        if self._log is None:
+            self._log = self.log_file.open("a", encoding="utf-8")
+        self._log.write(json.dumps(entry) + "\n")
+        self._log.flush()
+
+    def finish(self, keep_optimizer: bool, out: Path, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+        """The model is saved: keep or drop what only training needs."""
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+        if keep_optimizer:
+            _write_checked(out / "optimizer.safetensors", _optimizer_tensors(model, optimizer), {})
+        shutil.rmtree(self.folder)
+
+
+def save_model(out: Path, model: nn.Module, config: ModelConfig, tokenizer: Tokenizer) -> None:
+    """The latent folder: float32 weights that training can go on from."""
+    write_folder(out, config, _model_tensors(model, prefix=""), tokenizer, layout=None)
+
+
+def read_latent(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, config: ModelConfig) -> None:
+    """Fill ``model`` from a latent folder, and the optimiser where the folder kept its state."""
+    source = open_folder(folder)
+    if source.is_packed:
+        raise ValueError(
+            f"{folder} is packed: training goes on from latent weights; give the folder it was packed from"
+        )
+    _load_model(source.tensors, model, prefix="")
+    kept = folder / "optimizer.safetensors"
+    if kept.is_file():
+        _load_optimizer(_read_checked(kept), model, optimizer)
+
+
+def _array(tensor: Tensor) -> StoredTensor:
+    return StoredTensor("F32", tensor.detach().to("cpu", torch.float32).contiguous().numpy())
+
+
+def _model_tensors(model: nn.Module, prefix: str = "param.") -> dict[str, StoredTensor]:
+    return {prefix + name: _array(p) for name, p in model.named_parameters()}
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, StoredTensor]:
+    return {
+        f"{key}.{name}": _array(value)
+        for name, p in model.named_parameters()
+        for key, value in optimizer.state.get(p, {}).items()
+    }
+
+
+def _load_model(tensors, model: nn.Module, prefix: str = "param.") -> None:
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            stored = tensors[prefix + name].float32()
+            if stored.shape != tuple(p.shape):
+                raise ValueError(f"{name} has the shape {stored.shape}, but the model asks for {tuple(p.shape)}")
+            p.copy_(torch.from_numpy(stored))
+
+
+def _load_optimizer(file: TensorFile, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for name, p in model.named_parameters():
+        keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{name}" in file]
+        if keys:
+            optimizer.state[p] = {
+                k: torch.from_numpy(file[f"{k}.{name}"].float32()).to(p.device if k != "step" else "cpu") for k in keys
+            }
+
+
+def _write_checked(path: Path, tensors: dict[str, StoredTensor], metadata: dict[str, str]) -> None:
+    """safetensors with a CRC-32 of all its bytes in a file beside the rename: inside it, as the first tensor's twin."""
+    import zlib
+
+    crc = 0
+    for tensor in tensors.values():
+        crc = zlib.crc32(np.ascontiguousarray(tensor.array).reshape(-1).view(np.uint8).data, crc)
+    write_tensors(path, tensors, {**metadata, "crc32": str(crc)})
+
+
+def _read_checked(path: Path) -> TensorFile:
+    file = TensorFile(path)
+    if file.metadata.get("crc32") != str(file.checksum()):
+        raise ValueError(f"{path.name} is damaged: its checksum does not fit its bytes")
+    return file
+
+
+def free_bytes(folder: Path) -> int:
+    stat = os.statvfs(folder)
+    return stat.f_bavail * stat.f_frsize
