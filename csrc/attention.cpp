@@ -48,7 +48,7 @@ void attend(const HeadShape& shape, const KvPages& pages, const Token& token, in
     const ptrdiff_t stride = pages.head_stride(), score_stride = round_up(length, kPagePositions);
     const size_t needed = static_cast<size_t>(group * (score_stride + stride));
     if (scratch.size() < needed) scratch.resize(needed);
-    float* scores = scratch.data();                   // [group, score_stride]
+    float* scores = scratch.data();                       // [group, score_stride]
     float* sums = scratch.data() + group * score_stride;  // [group, head_stride]
 
     for (int at = 0; at < length; at += kPagePositions) {

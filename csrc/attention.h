@@ -22,13 +22,13 @@ struct HeadShape {
 
 /// cos and sin of position * theta^(-2i / head_dim), as transformers computes them: the angle in float32.
 class RotaryTable {
-   public:
+ public:
     RotaryTable(int head_dim, double theta);
     void extend(int positions);
     /// Rotates pairs (i, i + head_dim / 2) of x in place or to another place.
     void rotate(const float* x, int position, float* out) const;
 
-   private:
+ private:
     int half_;
     std::vector<float> inverse_frequencies_;
     std::vector<float> cos_, sin_;  // [positions, half]

@@ -37,15 +37,22 @@ bool is_contiguous(const Array& a) {
     return true;
 }
 
+std::string dtype_name(nb::dlpack::dtype type) {
+    const char* kinds[] = {"int", "uint", "float"};
+    return (type.code < 3 ? kinds[type.code] : "another kind of ") + std::to_string(type.bits);
+}
+
 /// The data of a contiguous array of T with this rank.
 template <class T>
 const T* checked(const Array& a, const char* name, size_t rank) {
+    const std::string what(name);
     if (a.dtype() != nb::dtype<T>())
-        throw nb::value_error((std::string(name) + " has another dtype than the expected one").c_str());
-    if (a.ndim() != rank || !is_contiguous(a))
-        throw nb::value_error((std::string(name) + " has shape " + shape_of(a) + ", expected a C-contiguous array with " +
-                               std::to_string(rank) + " dimensions")
-                                  .c_str());
+        throw nb::value_error(
+            (what + " is " + dtype_name(a.dtype()) + ", expected " + dtype_name(nb::dtype<T>())).c_str());
+    if (a.ndim() != rank)
+        throw nb::value_error(
+            (what + " has shape " + shape_of(a) + ", expected " + std::to_string(rank) + " dimensions").c_str());
+    if (!is_contiguous(a)) throw nb::value_error((what + " must be C-contiguous").c_str());
     return static_cast<const T*>(a.data());
 }
 
@@ -60,7 +67,8 @@ const T* checked(const Array& a, const char* name, std::initializer_list<int64_t
         expected += (expected.empty() ? "" : ", ") + std::to_string(n);
     }
     if (!good)
-        throw nb::value_error((std::string(name) + " has shape " + shape_of(a) + ", expected [" + expected + "]").c_str());
+        throw nb::value_error(
+            (std::string(name) + " has shape " + shape_of(a) + ", expected [" + expected + "]").c_str());
     return data;
 }
 
@@ -148,8 +156,9 @@ DecoderShape shape_from(const nb::dict& d) {
     return s;
 }
 
-void init_decoder(Decoder* self, std::shared_ptr<Runner> runner, const nb::dict& shape, std::shared_ptr<Linear> embedding,
-                  const nb::list& layers, const Array& final_norm, std::optional<std::shared_ptr<Linear>> head) {
+void init_decoder(Decoder* self, std::shared_ptr<Runner> runner, const nb::dict& shape,
+                  std::shared_ptr<Linear> embedding, const nb::list& layers, const Array& final_norm,
+                  std::optional<std::shared_ptr<Linear>> head) {
     const DecoderShape s = shape_from(shape);
     require_shape(*embedding, "embedding", s.vocab_size, s.hidden_size);
     if (head) require_shape(**head, "head", s.vocab_size, s.hidden_size);
@@ -173,8 +182,12 @@ Job job_of(nb::handle item) {
     const nb::tuple fields = nb::cast<nb::tuple>(item);
     const Array tokens = nb::cast<Array>(fields[1]);
     const auto targets = nb::cast<std::optional<Array>>(fields[3]);
-    Job job{nb::cast<int>(fields[0]), checked<int32_t>(tokens, "tokens", 1), static_cast<int>(tokens.shape(0)),
-            want_of(nb::cast<std::string>(fields[2])), nullptr, nullptr};
+    Job job{nb::cast<int>(fields[0]),
+            checked<int32_t>(tokens, "tokens", 1),
+            static_cast<int>(tokens.shape(0)),
+            want_of(nb::cast<std::string>(fields[2])),
+            nullptr,
+            nullptr};
     if (job.want == Want::kNll) {
         if (!targets) throw nb::value_error("want is 'nll' but targets is None");
         job.targets = checked<int32_t>(*targets, "targets", {job.count});
@@ -196,10 +209,18 @@ nb::list step(Decoder& decoder, const nb::list& jobs) {
         Job job = job_of(item);
         const size_t count = static_cast<size_t>(job.count), vocab = static_cast<size_t>(decoder.shape().vocab_size);
         switch (job.want) {
-            case Want::kNone: results.append(nb::none()); break;
-            case Want::kLast: results.append(new_array(job.out, {vocab})); break;
-            case Want::kAll: results.append(new_array(job.out, {count, vocab})); break;
-            case Want::kNll: results.append(new_array(job.out, {count})); break;
+            case Want::kNone:
+                results.append(nb::none());
+                break;
+            case Want::kLast:
+                results.append(new_array(job.out, {vocab}));
+                break;
+            case Want::kAll:
+                results.append(new_array(job.out, {count, vocab}));
+                break;
+            case Want::kNll:
+                results.append(new_array(job.out, {count}));
+                break;
         }
         built.push_back(job);
     }
@@ -230,7 +251,8 @@ nb::object integer_product(const std::string& layout, const Array& data, int row
     linear->integer_product({0, rows}, padded.data(), stride, sums.data(), tokens, out.data(), out_stride);
     int32_t* result = nullptr;
     nb::object array = new_array(result, {static_cast<size_t>(tokens), static_cast<size_t>(rows)});
-    for (int t = 0; t < tokens; ++t) std::copy_n(out.data() + t * out_stride, rows, result + static_cast<ptrdiff_t>(t) * rows);
+    for (int t = 0; t < tokens; ++t)
+        std::copy_n(out.data() + t * out_stride, rows, result + static_cast<ptrdiff_t>(t) * rows);
     return array;
 }
 
@@ -309,15 +331,12 @@ NB_MODULE(_native, m) {
         .def("step", &step, "jobs"_a, "List of (sequence, int32 tokens, want, int32 targets or None).")
         .def_prop_ro("bytes_per_token", &Decoder::bytes_per_token);
 
-    auto options = [](float temperature, int top_k, float top_p, float min_p, float repetition_penalty) {
-        return SamplingOptions{temperature, top_k, top_p, min_p, repetition_penalty};
-    };
-    nb::class_<Sampler>(m, "Sampler")
+    nb::class_<Sampler>(m, "Sampler", "Draws tokens from logits.")
         .def(
             "__init__",
-            [options](Sampler* self, float temperature, int top_k, float top_p, float min_p, float repetition_penalty,
-                      uint64_t seed) {
-                new (self) Sampler(options(temperature, top_k, top_p, min_p, repetition_penalty), seed);
+            [](Sampler* self, float temperature, int top_k, double top_p, double min_p, float repetition_penalty,
+               uint64_t seed) {
+                new (self) Sampler(SamplingOptions{temperature, top_k, top_p, min_p, repetition_penalty}, seed);
             },
             "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "repetition_penalty"_a, "seed"_a)
         .def("sample",

@@ -127,8 +127,7 @@ size_t Decoder::bytes_per_token() const {
     for (const Layer& layer : layers_) {
         for (const LinearPtr& l : {layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down})
             bytes += l->bytes();
-        for (const Norm* n :
-             {&layer.input_norm, &layer.post_attention_norm, &layer.attn_sub_norm, &layer.ffn_sub_norm})
+        for (const Norm* n : {&layer.input_norm, &layer.post_attention_norm, &layer.attn_sub_norm, &layer.ffn_sub_norm})
             bytes += n->size() * sizeof(float);
     }
     return bytes;

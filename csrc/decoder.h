@@ -57,7 +57,7 @@ struct Job {
 };
 
 class Decoder {
-   public:
+ public:
     Decoder(std::shared_ptr<Runner> runner, const DecoderShape& shape, LinearPtr embedding, std::vector<Layer> layers,
             Norm final_norm, LinearPtr head);
 
@@ -76,7 +76,7 @@ class Decoder {
     /// Bytes of weights that one decoded token reads.
     size_t bytes_per_token() const;
 
-   private:
+ private:
     struct Workspace;
     struct Output;
 

@@ -20,7 +20,8 @@ constexpr int kBinaryColumns = 32;   // columns of a T16-1 block
 constexpr int kFloatPad = 16;        // float rows are padded with zeros to a multiple of this
 constexpr int kCodePad = 64;         // int8 rows likewise
 
-/// Exact integer products of some tiles with some tokens: out[t][r - 16 * tile_begin] = sum over k of w[r][k] * x[t][k].
+/// Exact integer products of some tiles with some tokens: out[t][r - 16 * tile_begin] = sum over k of w[r][k] *
+/// x[t][k].
 struct TileProduct {
     const uint8_t* weights;  // tile 0
     int blocks;              // blocks in a tile

@@ -20,7 +20,7 @@ struct Sequence {
 };
 
 class KvPages {
-   public:
+ public:
     KvPages(int layers, int kv_heads, int head_dim);
 
     int create();
@@ -44,7 +44,7 @@ class KvPages {
     /// Floats from one position to the next; those beyond head_dim are zero.
     ptrdiff_t head_stride() const { return head_stride_; }
 
-   private:
+ private:
     ptrdiff_t offset(int layer, int kv_head, int which) const {
         return ((static_cast<ptrdiff_t>(layer) * kv_heads_ + kv_head) * 2 + which) * kPagePositions * head_stride_;
     }

@@ -21,7 +21,7 @@ ActivationFormat activation_format(const std::string& name);
 
 /// The inputs of one or several linears: rows of floats, and their int8 codes in the formats that were asked for.
 class Activations {
-   public:
+ public:
     Activations() = default;
     Activations(int tokens, int columns);
 
@@ -43,7 +43,7 @@ class Activations {
     /// Codes of one token, in every format that was reserved.
     void quantize(int token, const Kernels& kernels) const;
 
-   private:
+ private:
     int tokens_ = 0, columns_ = 0;
     ptrdiff_t stride_ = 0, code_stride_ = 0;
     AlignedArray<float> x_;  // [tokens, stride], zero beyond the last column
@@ -51,7 +51,7 @@ class Activations {
 };
 
 class Linear {
-   public:
+ public:
     /// data: source_bytes of the layout; bias: null or [rows]. Throws std::invalid_argument.
     Linear(const std::string& layout, const void* data, int rows, int columns, float scale,
            const std::string& activations, const float* bias, Pool& pool, const Kernels& kernels);
@@ -82,7 +82,7 @@ class Linear {
     /// Row r of float weights as floats (an embedding).
     void copy_row(int r, float* out) const;
 
-   private:
+ private:
     void float_product(Range mine, const float* x, ptrdiff_t x_stride, int tokens, float* out,
                        ptrdiff_t out_stride) const;
 

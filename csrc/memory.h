@@ -15,13 +15,15 @@
 
 namespace tritkit {
 
-inline constexpr ptrdiff_t round_up(ptrdiff_t n, ptrdiff_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+inline constexpr ptrdiff_t round_up(ptrdiff_t n, ptrdiff_t multiple) {
+    return (n + multiple - 1) / multiple * multiple;
+}
 
 template <class T>
 class AlignedArray {
     static_assert(std::is_trivial_v<T>, "zeroed and copied as bytes");
 
-   public:
+ public:
     AlignedArray() = default;
     explicit AlignedArray(size_t size, bool zero = true) : size_(size) {
         constexpr size_t kHugePage = size_t{2} << 20;
@@ -40,7 +42,7 @@ class AlignedArray {
     size_t bytes() const { return size_ * sizeof(T); }
     T& operator[](size_t i) const { return data_.get()[i]; }
 
-   private:
+ private:
     struct Free {
         void operator()(T* memory) const { std::free(memory); }
     };

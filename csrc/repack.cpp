@@ -77,7 +77,8 @@ int64_t float_bytes(int rows, int columns) {
 
 template <int bytes>
 bool move_floats(const uint8_t* source, int rows, int columns, int tile, uint8_t* out) {
-    const ptrdiff_t from_stride = static_cast<ptrdiff_t>(columns) * bytes, to_stride = round_up(columns, kFloatPad) * bytes;
+    const ptrdiff_t from_stride = static_cast<ptrdiff_t>(columns) * bytes,
+                    to_stride = round_up(columns, kFloatPad) * bytes;
     for (int r = 0; r < kTileRows && tile * kTileRows + r < rows; ++r)
         std::memcpy(out + r * to_stride, source + (tile * kTileRows + r) * from_stride, from_stride);
     return true;
@@ -106,10 +107,14 @@ const SourceLayout& source_layout(const std::string& name) {
 
 int64_t tile_bytes(Runtime layout, int columns) {
     switch (layout) {
-        case Runtime::kTernary: return ceil_div(columns, kTernaryColumns) * kBlockBytes;
-        case Runtime::kBinary: return ceil_div(columns, kBinaryColumns) * kBlockBytes;
-        case Runtime::kF32: return kTileRows * round_up(columns, kFloatPad) * 4;
-        default: return kTileRows * round_up(columns, kFloatPad) * 2;
+        case Runtime::kTernary:
+            return ceil_div(columns, kTernaryColumns) * kBlockBytes;
+        case Runtime::kBinary:
+            return ceil_div(columns, kBinaryColumns) * kBlockBytes;
+        case Runtime::kF32:
+            return kTileRows * round_up(columns, kFloatPad) * 4;
+        default:
+            return kTileRows * round_up(columns, kFloatPad) * 2;
     }
 }
 

@@ -48,9 +48,9 @@ void keep_top_p(std::vector<Candidate>& candidates, double p, double highest) {
 void keep_min_p(std::vector<Candidate>& candidates, double p, double highest) {
     if (p <= 0.0) return;
     const double threshold = highest + std::log(p);
-    candidates.erase(std::remove_if(candidates.begin(), candidates.end(),
-                                    [&](const Candidate& c) { return c.logit < threshold; }),
-                     candidates.end());
+    candidates.erase(
+        std::remove_if(candidates.begin(), candidates.end(), [&](const Candidate& c) { return c.logit < threshold; }),
+        candidates.end());
 }
 
 }  // namespace
@@ -88,8 +88,8 @@ void Sampler::penalize(const float* logits, int vocab_size, const int32_t* histo
         candidates_[static_cast<size_t>(history[i])].logit = logit > 0.0f ? logit / penalty : logit * penalty;
     }
     // Minus infinity is a way to forbid a token; not a number and plus infinity mean that something is broken.
-    const bool finite = std::any_of(candidates_.begin(), candidates_.end(),
-                                    [](const Candidate& c) { return std::isfinite(c.logit); });
+    const bool finite =
+        std::any_of(candidates_.begin(), candidates_.end(), [](const Candidate& c) { return std::isfinite(c.logit); });
     const bool broken = std::any_of(candidates_.begin(), candidates_.end(),
                                     [](const Candidate& c) { return std::isnan(c.logit) || c.logit == INFINITY; });
     if (!finite || broken) throw std::invalid_argument("logits must be finite or -inf, and not all -inf");

@@ -12,19 +12,19 @@ namespace tritkit {
 struct SamplingOptions {
     float temperature = 1.0f;         // 0: the most likely token
     int top_k = 0;                    // 0: off
-    float top_p = 1.0f;               // 1: off
-    float min_p = 0.0f;               // 0: off
+    double top_p = 1.0;               // 1: off
+    double min_p = 0.0;               // 0: off
     float repetition_penalty = 1.0f;  // 1: off
 };
 
 /// xoshiro256** (Blackman, Vigna 2018), seeded by splitmix64.
 class Random {
-   public:
+ public:
     explicit Random(uint64_t seed);
     uint64_t next();
     double uniform() { return static_cast<double>(next() >> 11) * 0x1p-53; }  // [0, 1)
 
-   private:
+ private:
     uint64_t state_[4];
 };
 
@@ -34,7 +34,7 @@ struct Candidate {
 };
 
 class Sampler {
-   public:
+ public:
     Sampler(const SamplingOptions& options, uint64_t seed) : options_(options), random_(seed) {}
 
     /// history: the tokens that the repetition penalty applies to. Throws std::invalid_argument.
@@ -44,7 +44,7 @@ class Sampler {
     std::vector<std::pair<int, double>> distribution(const float* logits, int vocab_size, const int32_t* history,
                                                      int history_size);
 
-   private:
+ private:
     void penalize(const float* logits, int vocab_size, const int32_t* history, int history_size);
     void filter();
 

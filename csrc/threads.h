@@ -19,12 +19,12 @@ struct Range {
 
 /// A word that threads wait on: first spinning, then sleeping.
 class Signal {
-   public:
+ public:
     uint32_t load() const { return word_.load(); }
-    void advance();                      // adds one and wakes all that wait
-    void wait_beyond(uint32_t seen);     // until the word is not `seen`
+    void advance();                   // adds one and wakes all that wait
+    void wait_beyond(uint32_t seen);  // until the word is not `seen`
 
-   private:
+ private:
     std::atomic<uint32_t> word_{0};
     std::atomic<int> sleepers_{0};
     std::mutex mutex_;
@@ -44,7 +44,7 @@ struct Team {
 };
 
 class Pool {
-   public:
+ public:
     explicit Pool(int threads);  // 0: one for each usable core
     ~Pool();
     Pool(const Pool&) = delete;
@@ -55,7 +55,7 @@ class Pool {
     /// Runs body on every thread, the caller being rank 0. The body must not throw.
     void run(const std::function<void(Team&)>& body);
 
-   private:
+ private:
     friend struct Team;
     void work(int rank);
 

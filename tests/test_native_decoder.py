@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -65,7 +66,7 @@ def test_one_step_is_many_steps(engine):
     at_once = run(engine, tokens)
     sequence = engine.new()
     cuts = [0, 1, 2, 5, 64, 65, 200, len(tokens)]
-    parts = [engine.step([Job(sequence, tokens[a:b], "all")])[0] for a, b in zip(cuts, cuts[1:], strict=False)]
+    parts = [engine.step([Job(sequence, tokens[a:b], "all")])[0] for a, b in pairwise(cuts)]
     assert engine.length(sequence) == len(tokens)
     np.testing.assert_array_equal(np.concatenate(parts), at_once)
     np.testing.assert_array_equal(run(engine, tokens, "last"), at_once[-1])
@@ -152,7 +153,7 @@ def test_mistakes_name_what_is_wrong(engine):
         assert engine.length(sequence) == 10
     with pytest.raises(ValueError, match="two jobs"):
         engine.step([Job(sequence, tokens_of(3)), Job(sequence, tokens_of(3))])
-    with pytest.raises(ValueError, match="cannot truncate sequence .* to 11 tokens, it has 10"):
+    with pytest.raises(ValueError, match=r"cannot truncate sequence .* to 11 tokens, it has 10"):
         engine.truncate(sequence, 11)
     assert engine.step([]) == []
 

@@ -100,8 +100,10 @@ def _as_int32(job: Job) -> Job:
     def convert(name: str, values: NDArray) -> NDArray[np.int32]:
         values = np.asarray(values)
         if values.ndim != 1 or values.dtype.kind not in "iu":
-            raise ValueError(f"{name} of sequence {job.sequence} are {values.dtype} with {values.ndim} dimensions, "
-                             "expected one dimension of integers")
+            raise ValueError(
+                f"{name} of sequence {job.sequence} are {values.dtype} with {values.ndim} dimensions, "
+                "expected one dimension of integers"
+            )
         if values.size and not -(2**31) <= values.min() <= values.max() < 2**31:
             raise ValueError(f"{name} of sequence {job.sequence} do not fit into int32")
         return np.ascontiguousarray(values, dtype=np.int32)

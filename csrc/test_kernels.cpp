@@ -1,0 +1,186 @@
+// Every instruction set against scalar: random and extreme inputs, odd sizes. No Python, so that sanitizers and
+// emulators can run it. Says what differs; the exit status is the number of kernels that do.
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+
+#include "decoder.h"
+
+using namespace tritkit;
+
+namespace {
+
+std::mt19937 random_numbers(1);
+int failures = 0;
+
+int random_int(int low, int high) { return std::uniform_int_distribution<int>(low, high)(random_numbers); }
+float random_float() { return std::normal_distribution<float>()(random_numbers); }
+
+void expect(bool good, const char* what, const char* isa, int rows, int columns, int tokens) {
+    if (good) return;
+    std::printf("FAILED %s on %s: %d x %d, %d tokens\n", what, isa, rows, columns, tokens);
+    ++failures;
+}
+
+/// Bytes of a file with random codes, or with one code everywhere.
+std::vector<uint8_t> random_source(const SourceLayout& layout, int rows, int columns, int code) {
+    std::vector<uint8_t> bytes(static_cast<size_t>(layout.source_bytes(rows, columns)));
+    for (uint8_t& byte : bytes) {
+        if (layout.runtime == Runtime::kBinary)
+            byte = static_cast<uint8_t>(code < 0 ? random_int(0, 255) : 255 * (code > 0));
+        else
+            for (int i = 0; i < 4; ++i) byte = static_cast<uint8_t>(byte << 2 | (code < 0 ? random_int(0, 2) : code));
+    }
+    return bytes;
+}
+
+/// value: of all activations, or 1000 for random ones. code: of all weights, or -1 for random ones.
+std::vector<int32_t> integer_product(const char* layout, const char* isa, int rows, int columns, int tokens, int value,
+                                     int code) {
+    random_numbers.seed(static_cast<unsigned>(rows * 31 + columns * 7 + tokens));
+    Runner runner(2, isa);
+    const std::vector<uint8_t> source = random_source(source_layout(layout), rows, columns, code);
+    const Linear linear(layout, source.data(), rows, columns, 1.0f, "a8", nullptr, runner.pool, runner.kernels);
+    const ptrdiff_t stride = round_up(columns, kCodePad), out_stride = round_up(rows, kTileRows);
+    AlignedArray<int8_t> codes(static_cast<size_t>(tokens * stride));
+    std::vector<int32_t> sums(static_cast<size_t>(tokens)), out(static_cast<size_t>(tokens * out_stride));
+    for (int t = 0; t < tokens; ++t) {
+        for (int k = 0; k < columns; ++k) {
+            const int x = value == 1000 ? random_int(-128, 127) : value;
+            codes[static_cast<size_t>(t * stride + k)] = static_cast<int8_t>(x);
+            sums[static_cast<size_t>(t)] += x;
+        }
+    }
+    linear.integer_product({0, rows}, codes.data(), stride, sums.data(), tokens, out.data(), out_stride);
+    std::vector<int32_t> result;  // without the rows that are padding
+    for (int t = 0; t < tokens; ++t)
+        result.insert(result.end(), out.data() + t * out_stride, out.data() + t * out_stride + rows);
+    return result;
+}
+
+void test_integers(const char* isa) {
+    for (const char* layout : {"hf_bitlinear", "binary_rows"}) {
+        for (int i = 0; i < 40; ++i) {
+            const int rows = random_int(1, 200), columns = random_int(1, 700), tokens = 1 + i % 20;
+            expect(integer_product(layout, isa, rows, columns, tokens, 1000, -1) ==
+                       integer_product(layout, "scalar", rows, columns, tokens, 1000, -1),
+                   layout, isa, rows, columns, tokens);
+        }
+        for (int tokens : {1, 2, 4, 8}) {
+            for (int value : {-128, 127}) {
+                for (int code : {0, 1, 2}) {
+                    // code - 1 (ternary), or -1 and +1 (binary, where every code but 0 is +1)
+                    const bool binary = !std::strcmp(layout, "binary_rows");
+                    const int weight = binary ? (code ? 1 : -1) : code - 1;
+                    const std::vector<int32_t> expected(static_cast<size_t>(tokens) * 80, weight * value * 16384);
+                    expect(integer_product(layout, isa, 80, 16384, tokens, value, code) == expected, layout, isa, 80,
+                           16384, tokens);
+                }
+            }
+        }
+    }
+}
+
+void test_quantize(const char* isa) {
+    for (int columns : {1, 5, 16, 17, 31, 200, 2560}) {
+        for (float size : {1e-9f, 1.0f, 1e6f, NAN, INFINITY}) {
+            std::vector<float> x(static_cast<size_t>(columns));
+            for (float& value : x) value = random_float() * (std::isfinite(size) ? size : 1.0f);
+            if (!std::isfinite(size)) x[static_cast<size_t>(columns / 2)] = size;
+            std::vector<int8_t> a(x.size()), b(x.size());
+            int32_t sum_a, sum_b;
+            const float scale_a = kernels_for(isa).quantize_row(x.data(), columns, 127.0f, a.data(), &sum_a);
+            const float scale_b = kernels_for("scalar").quantize_row(x.data(), columns, 127.0f, b.data(), &sum_b);
+            expect(a == b && sum_a == sum_b && !std::memcmp(&scale_a, &scale_b, sizeof scale_a), "quantize_row", isa, 1,
+                   columns, 1);
+        }
+    }
+}
+
+std::vector<float> float_product(const char* layout, const char* isa, int rows, int columns, int tokens) {
+    random_numbers.seed(static_cast<unsigned>(rows + columns + tokens));
+    Runner runner(2, isa);
+    std::vector<uint8_t> source(static_cast<size_t>(source_layout(layout).source_bytes(rows, columns)));
+    for (int i = 0; i < rows * columns; ++i) {
+        const float value = random_float();
+        uint32_t bits;
+        std::memcpy(&bits, &value, sizeof bits);
+        // As float16: a sign, exponents around 1, any mantissa.
+        const uint16_t half =
+            static_cast<uint16_t>(!std::strcmp(layout, "bf16") ? bits >> 16 : (bits & 0xb7ff) | 0x2000);
+        if (!std::strcmp(layout, "f32"))
+            std::memcpy(source.data() + 4 * i, &value, 4);
+        else
+            std::memcpy(source.data() + 2 * i, &half, 2);
+    }
+    const Linear linear(layout, source.data(), rows, columns, 1.0f, "", nullptr, runner.pool, runner.kernels);
+    Activations x(tokens, columns);
+    for (int t = 0; t < tokens; ++t)
+        for (int k = 0; k < columns; ++k) x.row(t)[k] = random_float();
+    std::vector<float> out(static_cast<size_t>(tokens) * rows);
+    runner.pool.run([&](Team& team) {
+        Linear::Scratch scratch;
+        linear.apply(linear.share(team), x, tokens, out.data(), rows, Linear::Write::kStore, scratch);
+    });
+    return out;
+}
+
+void test_floats(const char* isa) {
+    constexpr float kTolerance = 1e-3f;  // sums of 300 products of standard normals, in two orders
+    for (const char* layout : {"f32", "f16", "bf16"}) {
+        for (int tokens : {1, 2, 3, 4, 7}) {
+            const int rows = random_int(1, 150), columns = random_int(1, 300);
+            const auto a = float_product(layout, isa, rows, columns, tokens);
+            const auto b = float_product(layout, "scalar", rows, columns, tokens);
+            bool good = true;
+            for (size_t i = 0; i < a.size(); ++i) good = good && std::fabs(a[i] - b[i]) <= kTolerance;
+            expect(good, layout, isa, rows, columns, tokens);
+        }
+    }
+    std::vector<float> rows(50 * 64), weights(50), a(64, 1.0f), b(64, 1.0f);
+    for (float& value : rows) value = random_float();
+    for (float& value : weights) value = random_float();
+    kernels_for(isa).add_weighted_rows(rows.data(), 64, 50, 64, weights.data(), a.data());
+    kernels_for("scalar").add_weighted_rows(rows.data(), 64, 50, 64, weights.data(), b.data());
+    bool good = true;
+    for (size_t i = 0; i < a.size(); ++i) good = good && std::fabs(a[i] - b[i]) <= kTolerance;
+    expect(good, "add_weighted_rows", isa, 1, 64, 1);
+}
+
+/// Barriers of a pool keep every thread's writes before every other thread's reads; pauses let the threads sleep.
+void test_pool() {
+    for (int threads : {1, 2, 3, 8}) {
+        Pool pool(threads);
+        std::vector<int> counts(static_cast<size_t>(threads));
+        bool good = true;
+        for (int round = 0; round < 200; ++round) {
+            if (round % 50 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(2));
+            pool.run([&](Team& team) {
+                for (int i = 0; i < 5; ++i) {
+                    ++counts[static_cast<size_t>(team.rank)];
+                    team.barrier();
+                    if (team.rank == 0)
+                        for (int count : counts) good = good && count == counts[0];
+                    team.barrier();
+                }
+            });
+        }
+        expect(good && counts[0] == 1000, "pool", "threads", threads, 0, 0);
+    }
+}
+
+}  // namespace
+
+int main() {
+    test_pool();
+    for (const std::string& isa : available_isas()) {
+        test_integers(isa.c_str());
+        test_quantize(isa.c_str());
+        test_floats(isa.c_str());
+        std::printf("%s: done\n", isa.c_str());
+    }
+    std::printf("%d failures\n", failures);
+    return failures;
+}

@@ -1,0 +1,141 @@
+"""A model folder to a running engine. The native one never imports torch for a packed or full-precision folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..checkpoint import ModelFolder, linear_names, linear_shape, open_folder
+from ..tensorfile import StoredTensor
+from ..tokenizer import Tokenizer
+from . import Engine
+from .weights import DecoderShape, DecoderWeights, LayerWeights, LinearWeights
+
+FLOAT_LAYOUTS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+LINEARS = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """What ``tritkit.load`` returns: an engine, the tokenizer that belongs to it, and the folder of both."""
+
+    folder: ModelFolder
+    engine: Engine
+    tokenizer: Tokenizer
+
+
+def bundled_folder() -> Path:
+    """The model that ships with tritkit."""
+    return Path(__file__).parent.parent / "bundled" / "model"
+
+
+def load(folder: Path | str | None = None, engine: str = "native", threads: int = 0) -> Model:
+    """Open a model folder (none: the bundled model) with the ``native`` or the ``torch`` engine.
+
+    threads: 0 uses all usable cores. ValueError where the folder is no model, the tokenizer does not fit it, or the
+    engine cannot run it.
+    """
+    opened = open_folder(folder if folder is not None else bundled_folder())
+    tokenizer = opened.tokenizer()
+    if engine == "native":
+        from .native import NativeEngine
+
+        return Model(opened, NativeEngine(decoder_weights(opened), threads=threads), tokenizer)
+    if engine == "torch":
+        from .torch import TorchEngine
+
+        return Model(opened, TorchEngine.open(opened, threads=threads), tokenizer)
+    raise ValueError(f"unknown engine {engine!r}; known are 'native' and 'torch'")
+
+
+def decoder_weights(folder: ModelFolder) -> DecoderWeights:
+    """The arrays of a folder as the native engine takes them, as views into the file wherever that is possible."""
+    c = folder.config
+    shape = DecoderShape(
+        vocab_size=c.vocab_size,
+        hidden_size=c.hidden_size,
+        intermediate_size=c.intermediate_size,
+        num_layers=c.num_hidden_layers,
+        num_heads=c.num_attention_heads,
+        num_kv_heads=c.num_key_value_heads,
+        head_dim=c.head_dim,
+        rope_theta=c.rope_theta,
+        rms_norm_eps=c.rms_norm_eps,
+        activation=c.hidden_act,
+        sub_norms=c.sub_norms,
+        context_length=c.max_position_embeddings,
+    )
+    linears = _latent_linears(folder) if c.weights and not folder.is_packed else _stored_linears(folder)
+    layers = []
+    for i in range(c.num_hidden_layers):
+        at = f"model.layers.{i}."
+        layers.append(
+            LayerWeights(
+                **{short: linears[at + name] for short, name in LINEARS.items()},
+                input_norm=_norm(folder, at + "input_layernorm"),
+                post_attention_norm=_norm(folder, at + "post_attention_layernorm"),
+                attn_sub_norm=_norm(folder, at + "self_attn.attn_sub_norm") if c.sub_norms else None,
+                ffn_sub_norm=_norm(folder, at + "mlp.ffn_sub_norm") if c.sub_norms else None,
+            )
+        )
+    table = (c.vocab_size, c.hidden_size)
+    return DecoderWeights(
+        shape=shape,
+        embedding=_float_linear(folder.tensors["model.embed_tokens.weight"], table, "model.embed_tokens"),
+        layers=layers,
+        final_norm=_norm(folder, "model.norm"),
+        head=None if c.tie_word_embeddings else _float_linear(folder.tensors["lm_head.weight"], table, "lm_head"),
+    )
+
+
+def _norm(folder: ModelFolder, name: str) -> np.ndarray:
+    return np.ascontiguousarray(folder.tensors[f"{name}.weight"].float32())
+
+
+def _float_linear(tensor: StoredTensor, shape: tuple[int, int], name: str) -> LinearWeights:
+    if tensor.dtype not in FLOAT_LAYOUTS or tensor.array.shape != shape:
+        raise ValueError(f"{name}.weight is {tensor.dtype} {tensor.array.shape}, expected floats of shape {shape}")
+    raw = tensor.array.view(np.uint16) if tensor.dtype == "F16" else tensor.array
+    return LinearWeights(FLOAT_LAYOUTS[tensor.dtype], raw, *shape)
+
+
+def _stored_linears(folder: ModelFolder) -> dict[str, LinearWeights]:
+    found = {}
+    for name in linear_names(folder.config):
+        shape = linear_shape(folder.config, name)
+        if folder.layout is None:
+            found[name] = _float_linear(folder.tensors[f"{name}.weight"], shape, name)
+        else:
+            arrays = folder.packed(name).arrays
+            found[name] = _packed_linear(folder.layout, arrays, shape, folder.config.activations)
+    return found
+
+
+def _latent_linears(folder: ModelFolder) -> dict[str, LinearWeights]:
+    """Latent weights rounded as training rounds them. The one native path that imports torch: formats live there."""
+    from ..pack import pack_linears
+
+    packed, layout = pack_linears(folder)
+    return {
+        name: _packed_linear(layout, p.arrays, linear_shape(folder.config, name), folder.config.activations)
+        for name, p in packed.items()
+    }
+
+
+def _packed_linear(
+    layout: str, arrays: dict[str, np.ndarray], shape: tuple[int, int], activations: str | None
+) -> LinearWeights:
+    scale = np.float32(arrays["weight_scale"].reshape(-1)[0])
+    if layout == "hf_bitlinear":  # this one divides; the engine multiplies
+        scale = np.float32(1) / scale
+    return LinearWeights(layout, arrays["weight"], *shape, scale=float(scale), activations=activations)
