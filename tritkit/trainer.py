@@ -174,7 +174,7 @@ def prepare(settings: Settings, folder: Path) -> tuple[Tokenizer, Tokens, Tokens
         size = sum(f.stat().st_size for f in files) * 3.5 / 1e6
         with progress(f"tokens ({name})", size, "MB") as advance:
             path = folder / f"{name}-{key[:16]}"
-            streams.append(tokenize(texts(), tokenizer, path, key, lambda n: advance(n / 1e6)))  # noqa: B023
+            streams.append(tokenize(texts(), tokenizer, path, key, lambda n: advance(n / 1e6)))
     return tokenizer, streams[0], streams[1]
 
 

@@ -113,6 +113,8 @@ def model_of(folder: ModelFolder) -> Transformer:
         for name, p in model.named_parameters():
             stored = torch.from_numpy(folder.tensors[name].float32())
             if stored.shape != p.shape:
-                raise ValueError(f"{name} has the shape {tuple(stored.shape)}, but config.json asks for {tuple(p.shape)}")
+                raise ValueError(
+                    f"{name} has the shape {tuple(stored.shape)}, but config.json asks for {tuple(p.shape)}"
+                )
             p.copy_(stored)
     return model

@@ -1,0 +1,314 @@
+"""The command line: a table of verbs. Each verb is a function here that imports what it needs when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Parser = argparse.ArgumentParser
+DOTTED = "--a.b=value sets any setting of the tree; tritkit.toml of a trained folder lists them all."
+
+
+class UserParser(argparse.ArgumentParser):
+    """One sentence and exit code 2 for a mistake, with the nearest right name where there is one."""
+
+    def error(self, message: str) -> Any:
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code: 0, 2 for a mistake of the user, 130 for Ctrl-C."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if not arguments or arguments[0] in ("-h", "--help", "help"):
+            print(overview())
+            return 0
+        if arguments[0] == "--version":
+            from . import __version__
+
+            print(f"tritkit {__version__}")
+            return 0
+        verb = arguments[0]
+        if verb not in VERBS:
+            close = difflib.get_close_matches(verb, VERBS, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(VERBS)}"
+            raise ValueError(f"there is no verb {verb!r}; {hint}")
+        return VERBS[verb](arguments[1:]) or 0
+    except (ValueError, FileNotFoundError) as error:
+        print(f"tritkit: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"tritkit: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ntritkit: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def overview() -> str:
+    rows = "\n".join(f"  {name:<9} {(verb.__doc__ or '').splitlines()[0]}" for name, verb in VERBS.items())
+    return (
+        "tritkit: language models whose weights are 1 to 8 bits wide.\n\n"
+        f"usage: tritkit VERB ...\n\n{rows}\n\n"
+        "tritkit VERB --help tells more. Try: tritkit generate --prompt 'Once upon a time'"
+    )
+
+
+def parser_of(verb: str, description: str, example: str) -> Parser:
+    return UserParser(
+        prog=f"tritkit {verb}",
+        description=description,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _engine_options(parser: Parser) -> None:
+    parser.add_argument("--engine", choices=("native", "torch"), default="native", help="who runs it (default native)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all usable cores)")
+
+
+def _sampling_options(parser: Parser) -> None:
+    parser.add_argument("--max-tokens", type=int, default=256, help="longest continuation in tokens (default 256)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
+    parser.add_argument("--top-k", type=int, default=0, help="only the K likeliest tokens (default 0: all)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="the likeliest tokens that sum to P (default 1: all)")
+    parser.add_argument("--min-p", type=float, default=0.0, help="at least so likely, of the likeliest (default 0)")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 repeats less (default 1)")
+    parser.add_argument("--seed", type=int, help="same seed, same text (default: another one each time)")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated")
+
+
+def _sampling(options: argparse.Namespace) -> Any:
+    from .engine.sampling import Sampling
+
+    return Sampling(
+        options.temperature,
+        options.top_k,
+        options.top_p,
+        options.min_p,
+        options.repetition_penalty,
+        options.seed,
+    )
+
+
+def train(arguments: list[str]) -> int:
+    """text to a model folder, from scratch or from a latent folder"""
+    parser = parser_of(
+        "train",
+        "Train a model on text. CONFIG is a TOML file of settings (none: a small b1.58 model); OUT becomes the model\n"
+        "folder. The same command goes on after a stop. " + DOTTED,
+        "tritkit train configs/demo-b158.toml runs/mine --data stories.txt --train.steps=500",
+    )
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help="a .toml file")
+    parser.add_argument("out", metavar="OUT", help="the model folder to write")
+    parser.add_argument(
+        "--data", action="append", default=[], help="a file, folder or glob: .txt(.xz|.gz|.zst), .jsonl"
+    )
+    parser.add_argument("--val", action="append", default=[], help="held-out text (default: 2 %% of the documents)")
+    parser.add_argument("--text-field", help="field of .jsonl that holds the text (default text)")
+    parser.add_argument("--threads", help="CPU threads (default: all cores)")
+    parser.add_argument("--keep-optimizer", action="store_true", help="keep its state, so that later runs train on")
+    parser.add_argument("--overwrite", action="store_true", help="begin anew where OUT holds something")
+    options, rest = parser.parse_known_args(arguments)
+    overrides = _dotted(rest)
+    short = {"data.text_field": options.text_field, "train.threads": options.threads}
+    overrides |= {name: value for name, value in short.items() if value is not None}
+    from .trainer import TrainingStopped, load_settings
+    from .trainer import train as run
+
+    settings = load_settings(options.config, overrides)
+    if options.data or options.val:
+        import dataclasses
+
+        given = {k: tuple(v) for k, v in (("sources", options.data), ("val", options.val)) if v}
+        settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, **given))
+    try:
+        metrics = run(settings, options.out, keep_optimizer=options.keep_optimizer, overwrite=options.overwrite)
+    except TrainingStopped as stopped:
+        print(f"tritkit: {stopped}", file=sys.stderr)
+        return stopped.code
+    from .tables import print_metrics
+
+    print_metrics(options.out, metrics)
+    return 0
+
+
+def _dotted(rest: list[str]) -> dict[str, str]:
+    overrides = {}
+    for argument in rest:
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or "." not in name or not equals:
+            known = ("--data", "--val", "--text-field", "--threads", "--keep-optimizer", "--overwrite")
+            close = difflib.get_close_matches(argument, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else "settings are written --a.b=value"
+            raise ValueError(f"tritkit train does not know {argument!r}; {hint}")
+        overrides[name] = value
+    return overrides
+
+
+def pack(arguments: list[str]) -> int:
+    """a latent low-bit folder to its packed form"""
+    parser = parser_of(
+        "pack",
+        "Round each linear of a trained b1.58 or b1 folder for good and store the codes.",
+        "tritkit pack runs/mine runs/mine-packed",
+    )
+    parser.add_argument("model", metavar="MODEL", help="a latent model folder")
+    parser.add_argument("out", metavar="OUT", help="the packed folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace what OUT holds")
+    options = parser.parse_args(arguments)
+    from .pack import pack as run
+    from .tables import print_metrics
+
+    print_metrics(options.out, run(options.model, options.out, options.overwrite))
+    return 0
+
+
+def generate(arguments: list[str]) -> int:
+    """a prompt and its continuation"""
+    parser = parser_of(
+        "generate",
+        "Print the prompt and its continuation as it comes. MODEL is a model folder (none: the bundled model).",
+        "tritkit generate --prompt 'Once upon a time' --max-tokens 200 --seed 1",
+    )
+    parser.add_argument("model", nargs="?", metavar="MODEL")
+    parser.add_argument("--prompt", default="", help="text to go on from (default: none, a new text)")
+    _sampling_options(parser)
+    _engine_options(parser)
+    parser.add_argument("--quiet", action="store_true", help="no line of speed at the end")
+    options = parser.parse_args(arguments)
+    from .engine.load import load
+    from .engine.text import Request, Timing, stream_text
+
+    request = Request(options.prompt, options.max_tokens, _sampling(options), tuple(options.stop))
+    model = load(options.model, options.engine, options.threads)
+    timing = Timing()
+    print(options.prompt, end="", flush=True)
+    for piece in stream_text(model, request, timing):
+        print(piece, end="", flush=True)
+    print()
+    if not options.quiet:
+        print(
+            f"[{timing.tokens} tokens, {timing.decode_rate:.0f} tokens/s with the {model.engine.name} engine, "
+            f"prompt of {timing.prompt_tokens} tokens in {timing.prefill_seconds * 1e3:.0f} ms]",
+            file=sys.stderr,
+        )
+    return 0
+
+
+def chat(arguments: list[str]) -> int:
+    """talk with a model that has a chat template"""
+    parser = parser_of(
+        "chat",
+        "A conversation in the terminal; an empty line or Ctrl-D ends it.",
+        "tritkit chat models/assistant --system 'Be brief.'",
+    )
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="a model folder (none: the bundled model)")
+    parser.add_argument("--system", help="the system message")
+    _sampling_options(parser)
+    _engine_options(parser)
+    options = parser.parse_args(arguments)
+    from .chat import converse
+
+    return converse(
+        options.model,
+        options.engine,
+        options.threads,
+        options.system,
+        options.max_tokens,
+        _sampling(options),
+        tuple(options.stop),
+    )
+
+
+def evaluate(arguments: list[str]) -> int:
+    """perplexity and bits per byte on held-out text"""
+    parser = parser_of(
+        "eval",
+        "Perplexity of a model, added to its results.json. Protocols: document (each document from BOS to EOS, with\n"
+        "bits per byte), llama.cpp (second halves of chunks of 512), gptq (whole windows of 2048).",
+        "tritkit eval runs/mine --data wiki.test.raw --protocol llama.cpp --context 512",
+    )
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="a model folder (none: the bundled model)")
+    parser.add_argument("--data", action="append", default=[], help="text (default: the bundled held-out books)")
+    parser.add_argument("--protocol", choices=("document", "llama.cpp", "gptq"), default="document")
+    parser.add_argument("--context", type=int, help="tokens of a window (default: the protocol's, at most the model's)")
+    parser.add_argument("--limit", type=int, default=0, help="stop after so many scored tokens (default 0: all)")
+    parser.add_argument("--text-field", default="text", help="field of .jsonl that holds the text")
+    parser.add_argument("--no-record", action="store_true", help="do not add the numbers to results.json")
+    _engine_options(parser)
+    options = parser.parse_args(arguments)
+    from . import results
+    from .engine.load import load
+    from .evals.perplexity import evaluate as run
+    from .tables import print_metrics
+
+    model = load(options.model, options.engine, options.threads)
+    metrics = run(
+        model,
+        options.data or None,
+        protocol=options.protocol,
+        context=options.context,
+        limit=options.limit,
+        text_field=options.text_field,
+    )
+    settings = {k: v for k, v in vars(options).items() if k not in ("model", "no_record")}
+    if not options.no_record and options.model is not None:
+        results.record(options.model, "eval", settings, metrics)
+    print_metrics(str(model.folder.path), metrics)
+    return 0
+
+
+def compare(arguments: list[str]) -> int:
+    """one table of several folders' results"""
+    parser = parser_of(
+        "compare",
+        "The newest number of every metric of several folders, side by side.",
+        "tritkit compare runs/llama runs/b158-packed runs/b1-packed",
+    )
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="folders with a results.json")
+    parser.add_argument("--all", action="store_true", help="every metric, not only the main ones")
+    parser.add_argument("--json", action="store_true", help="JSON for programs instead of a table")
+    options = parser.parse_args(arguments)
+    from .tables import print_comparison
+
+    print_comparison(options.models, options.all, options.json)
+    return 0
+
+
+def inspect(arguments: list[str]) -> int:
+    """what a model folder is, measured"""
+    parser = parser_of(
+        "inspect", "Formats, layout, sizes, bits per weight, share of each code.", "tritkit inspect runs/mine-packed"
+    )
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="a model folder (none: the bundled model)")
+    parser.add_argument("--linears", action="store_true", help="a row for each linear")
+    parser.add_argument("--json", action="store_true", help="JSON for programs instead of a table")
+    options = parser.parse_args(arguments)
+    from .tables import print_inspection
+
+    print_inspection(options.model, options.linears, options.json)
+    return 0
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    "train": train,
+    "pack": pack,
+    "generate": generate,
+    "chat": chat,
+    "eval": evaluate,
+    "compare": compare,
+    "inspect": inspect,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""Latent weights to packed ones: each linear rounded once and for all, as training rounded it at every step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import results
+from .checkpoint import ModelFolder, copy_companions, linear_names, open_folder, rounded_tensors, write_folder
+from .folderfacts import code_shares, describe
+from .formats import QTensor, format_of
+from .layouts import LAYOUTS, Packed, Unpacked
+from .tensorfile import StoredTensor
+
+
+def unpacked(q: QTensor) -> Unpacked:
+    """A quantised matrix as layouts take it: codes int16 [out, in], scales float32 [rows, groups]."""
+    codes = q.codes.reshape(q.shape).numpy()
+    offset = None if q.grid.offset is None else q.grid.offset[..., 0].numpy()
+    return Unpacked(codes, q.grid.scale[..., 0].numpy(), offset)
+
+
+def pack_linears(folder: ModelFolder) -> tuple[dict[str, Packed], str]:
+    """Every linear of a latent folder in its format's default layout. ValueError names a linear that cannot be packed."""
+    format = format_of(str(folder.config.weights))
+    layout = LAYOUTS[format.layout]
+    found = {}
+    for name in linear_names(folder.config):
+        latent = torch.from_numpy(folder.tensors[f"{name}.weight"].float32())
+        try:
+            found[name] = layout.pack(unpacked(format.quantize(latent)))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    return found, format.layout
+
+
+def pack(source: Path | str, out: Path | str, overwrite: bool = False) -> dict[str, Any]:
+    """Write the packed form of the latent folder ``source`` into ``out`` and return its metrics.
+
+    Codes and scales as trained; embedding, head and norms in bfloat16. ValueError for a folder that is packed already,
+    is full precision, or has a shape that its layout cannot hold.
+    """
+    folder, out = open_folder(source), Path(out)
+    if folder.config.weights is None:
+        raise ValueError(f"{source} is a full-precision model: there are no low-bit weights to pack")
+    if folder.is_packed:
+        raise ValueError(f"{source} is packed already, in the layout {folder.layout}")
+    if (out / "config.json").exists() and not overwrite:
+        raise ValueError(f"{out} already holds a model; give another folder, or --overwrite")
+    packed, layout = pack_linears(folder)
+    tensors = dict(rounded_tensors(folder.tensors, skip=set(packed)))
+    for name, linear in packed.items():
+        for suffix, array in linear.arrays.items():
+            tensors[f"{name}.{suffix}"] = StoredTensor("U8" if array.dtype == np.uint8 else "F32", array)
+    out.mkdir(parents=True, exist_ok=True)
+    write_folder(out, folder.config, tensors, folder.tokenizer(), layout)
+    copy_companions(folder.path, out)
+    written = open_folder(out)
+    for name, linear in packed.items():  # verify after write
+        if not all(np.array_equal(a, written.packed(name).arrays[k]) for k, a in linear.arrays.items()):
+            raise OSError(f"{out} does not hold what was written to it: {name} differs")
+    metrics = describe(written)
+    before = results.latest(source)
+    results.record(out, "pack", {"source": str(source), "layout": layout}, {**before, **metrics}, code_shares(written))
+    return metrics

@@ -1,0 +1,126 @@
+"""What verbs print: tables for people, JSON for programs. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from . import results
+
+
+def _bytes(value: float) -> str:
+    return f"{value / 1e6:.2f} MB" if value >= 1e6 else f"{value / 1e3:.0f} kB"
+
+
+def _count(value: float) -> str:
+    return f"{value / 1e6:.2f} M" if value >= 1e6 else f"{value:,.0f}"
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _number(value: Any) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+
+
+# The main table: metric, how people call it, how it is written.
+MAIN: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "family": ("family", str),
+    "weights": ("weights", str),
+    "parameters": ("parameters", _count),
+    "bits_per_weight": ("bits per weight (linears, measured)", lambda v: f"{v:.3f}"),
+    "file_bytes": ("weights on disk", _bytes),
+    "train_loss": ("training loss, last 50 steps", lambda v: f"{v:.3f}"),
+    "val_loss": ("validation loss", lambda v: f"{v:.3f}"),
+    "val_perplexity": ("validation perplexity", lambda v: f"{v:.2f}"),
+    "document_perplexity": ("perplexity, held-out books (document)", lambda v: f"{v:.2f}"),
+    "llama_cpp_perplexity": ("perplexity (llama.cpp)", lambda v: f"{v:.2f}"),
+    "gptq_perplexity": ("perplexity (gptq)", lambda v: f"{v:.2f}"),
+    "bits_per_byte": ("bits per byte, held-out books", lambda v: f"{v:.3f}"),
+    "share_-1": ("share of -1", _share),
+    "share_0": ("share of 0", _share),
+    "share_+1": ("share of +1", _share),
+    "step_seconds": ("training step", lambda v: f"{1e3 * v:.0f} ms"),
+    "train_seconds": ("training time", lambda v: f"{v:.0f} s"),
+    "train_peak_mib": ("peak memory, training", lambda v: f"{v:.0f} MiB"),
+    "native_decode_rate": ("decode, native", lambda v: f"{v:.0f} tokens/s"),
+    "torch_decode_rate": ("decode, torch", lambda v: f"{v:.0f} tokens/s"),
+    "native_peak_mib": ("peak memory, native", lambda v: f"{v:.0f} MiB"),
+    "torch_peak_mib": ("peak memory, torch", lambda v: f"{v:.0f} MiB"),
+}
+
+
+def print_metrics(title: str, metrics: dict[str, Any]) -> None:
+    table = Table(title=title, title_justify="left", show_header=False)
+    for name, value in metrics.items():
+        label, write = MAIN.get(name, (name, _number))
+        if value is not None:
+            table.add_row(label, write(value))
+    Console().print(table)
+
+
+def print_comparison(folders: list[str], every: bool, as_json: bool) -> None:
+    """One column a folder, one row a metric that at least one of them has."""
+    columns = {}
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise ValueError(f"there is no model folder {folder}")
+        columns[folder] = results.latest(folder)
+        if not columns[folder]:
+            raise ValueError(f"{folder} has no results.json; run tritkit eval {folder} first")
+    if as_json:
+        json.dump(columns, sys.stdout, indent=1)
+        print()
+        return
+    known = list(MAIN) + (sorted({n for c in columns.values() for n in c} - set(MAIN)) if every else [])
+    table = Table()
+    table.add_column("")
+    for folder in folders:
+        table.add_column(Path(folder).name, justify="right")
+    for name in known:
+        if any(column.get(name) is not None for column in columns.values()):
+            label, write = MAIN.get(name, (name, _number))
+            cells = ["-" if c.get(name) is None else write(c[name]) for c in columns.values()]
+            table.add_row(label, *cells)
+    Console().print(table)
+
+
+def print_inspection(folder: str | None, linears: bool, as_json: bool) -> None:
+    from .checkpoint import open_folder
+    from .engine.load import bundled_folder
+    from .folderfacts import code_shares, describe
+
+    opened = open_folder(folder if folder is not None else bundled_folder())
+    c = opened.config
+    facts: dict[str, Any] = {
+        **describe(opened),
+        "form": "packed" if opened.is_packed else ("latent" if c.weights else "full precision"),
+        "activations": c.activations or "float",
+        "layers": c.num_hidden_layers,
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.intermediate_size,
+        "heads": f"{c.num_attention_heads} ({c.num_key_value_heads} for keys and values)",
+        "context": c.max_position_embeddings,
+        "vocabulary": c.vocab_size,
+        "tied_embeddings": c.tie_word_embeddings,
+    }
+    per_linear = code_shares(opened) if linears else {}
+    if as_json:
+        json.dump({"folder": str(opened.path), **facts, "per_linear": per_linear}, sys.stdout, indent=1)
+        print()
+        return
+    print_metrics(str(opened.path), facts)
+    if per_linear:
+        table = Table("linear", "-1", "0", "+1")
+        for name, row in per_linear.items():
+            table.add_row(name, *(_share(row[k]) for k in ("share_-1", "share_0", "share_+1")))
+        Console().print(table)
+    elif linears:
+        print("its linears are floats: there are no codes to count")
