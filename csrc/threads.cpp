@@ -40,6 +40,8 @@ void Signal::wait_beyond(uint32_t seen) {
             if (word_.load(std::memory_order_acquire) != seen) return;
             relax();
         }
+        // The one we wait for may have been put on our own core, behind us.
+        std::this_thread::yield();
     } while (std::chrono::steady_clock::now() < deadline);
     std::unique_lock lock(mutex_);
     ++sleepers_;

@@ -52,10 +52,10 @@ def random_linear(rng: np.random.Generator, format: str, rows: int, cols: int, b
 def random_decoder(family: str, format: str, seed: int = 0, **changes):
     """DecoderWeights and the function tokens -> float64 logits [t, vocab] that they stand for."""
     bitnet = family == "bitnet"
-    sizes = dict(vocab_size=97, hidden_size=40, intermediate_size=72, num_layers=3, num_heads=4, num_kv_heads=2,
-                 head_dim=10, context_length=400)  # fmt: skip
+    sizes = {"vocab_size": 97, "hidden_size": 40, "intermediate_size": 72, "num_layers": 3, "context_length": 400}
+    heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 10}
     shape = DecoderShape(
-        **{**sizes, **changes},
+        **{**sizes, **heads, **changes},
         rope_theta=10000.0,
         rms_norm_eps=1e-5,
         activation="relu2" if bitnet else "silu",
