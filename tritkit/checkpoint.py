@@ -227,8 +227,11 @@ def float_to_bf16(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
 
-def rounded_tensors(tensors: Mapping[str, StoredTensor], skip: set[str]) -> Iterator[tuple[str, StoredTensor]]:
-    """Everything but the named linears, floats as bfloat16: what stays high precision in a packed folder."""
+def unpacked_tensors(
+    tensors: Mapping[str, StoredTensor], packed: set[str], dtype: str
+) -> Iterator[tuple[str, StoredTensor]]:
+    """What stays high precision in a packed folder: every tensor but those of the linears in ``packed``, as dtype."""
     for name, tensor in tensors.items():
-        if name.rsplit(".weight", 1)[0] not in skip:
-            yield name, StoredTensor("BF16", float_to_bf16(tensor.float32()))
+        if name.rsplit(".weight", 1)[0] not in packed:
+            values = tensor.float32()
+            yield name, StoredTensor("BF16", float_to_bf16(values)) if dtype == "bfloat16" else StoredTensor("F32", values)

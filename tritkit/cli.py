@@ -163,12 +163,18 @@ def pack(arguments: list[str]) -> int:
     )
     parser.add_argument("model", metavar="MODEL", help="a latent model folder")
     parser.add_argument("out", metavar="OUT", help="the packed folder to write")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="of embedding and norms (default bfloat16; float32 for transformers in float32)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace what OUT holds")
     options = parser.parse_args(arguments)
     from .pack import pack as run
     from .tables import print_metrics
 
-    print_metrics(options.out, run(options.model, options.out, options.overwrite))
+    print_metrics(options.out, run(options.model, options.out, options.dtype, options.overwrite))
     return 0
 
 

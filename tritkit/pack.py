@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from . import results
-from .checkpoint import ModelFolder, copy_companions, linear_names, open_folder, rounded_tensors, write_folder
+from .checkpoint import ModelFolder, copy_companions, linear_names, open_folder, unpacked_tensors, write_folder
 from .folderfacts import code_shares, describe
 from .formats import QTensor, format_of
 from .layouts import LAYOUTS, Packed, Unpacked
@@ -37,12 +37,14 @@ def pack_linears(folder: ModelFolder) -> tuple[dict[str, Packed], str]:
     return found, format.layout
 
 
-def pack(source: Path | str, out: Path | str, overwrite: bool = False) -> dict[str, Any]:
+def pack(source: Path | str, out: Path | str, dtype: str = "bfloat16", overwrite: bool = False) -> dict[str, Any]:
     """Write the packed form of the latent folder ``source`` into ``out`` and return its metrics.
 
-    Codes and scales as trained; embedding, head and norms in bfloat16. ValueError for a folder that is packed already,
-    is full precision, or has a shape that its layout cannot hold.
+    Codes and scales as trained; embedding, head and norms in ``dtype``, "bfloat16" or "float32". ValueError for a
+    folder that is packed already, is full precision, or has a shape that its layout cannot hold.
     """
+    if dtype not in ("bfloat16", "float32"):
+        raise ValueError(f"dtype is {dtype!r}; known are 'bfloat16' and 'float32'")
     folder, out = open_folder(source), Path(out)
     if folder.config.weights is None:
         raise ValueError(f"{source} is a full-precision model: there are no low-bit weights to pack")
@@ -51,7 +53,7 @@ def pack(source: Path | str, out: Path | str, overwrite: bool = False) -> dict[s
     if (out / "config.json").exists() and not overwrite:
         raise ValueError(f"{out} already holds a model; give another folder, or --overwrite")
     packed, layout = pack_linears(folder)
-    tensors = dict(rounded_tensors(folder.tensors, skip=set(packed)))
+    tensors = dict(unpacked_tensors(folder.tensors, set(packed), dtype))
     for name, linear in packed.items():
         for suffix, array in linear.arrays.items():
             tensors[f"{name}.{suffix}"] = StoredTensor("U8" if array.dtype == np.uint8 else "F32", array)
