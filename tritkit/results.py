@@ -16,9 +16,9 @@ def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        named = [line.split(":", 1)[1].strip() for line in cpuinfo.open() if line.startswith("model name")]
-        model = named[0] if named else model
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    model = named[0] if named else model
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"cpu": model, "cores": cores, "system": platform.system(), "python": platform.python_version()}
 
