@@ -234,4 +234,7 @@ def unpacked_tensors(
     for name, tensor in tensors.items():
         if name.rsplit(".weight", 1)[0] not in packed:
             values = tensor.float32()
-            yield name, StoredTensor("BF16", float_to_bf16(values)) if dtype == "bfloat16" else StoredTensor("F32", values)
+            yield (
+                name,
+                StoredTensor("BF16", float_to_bf16(values)) if dtype == "bfloat16" else StoredTensor("F32", values),
+            )

@@ -273,6 +273,34 @@ def evaluate(arguments: list[str]) -> int:
     return 0
 
 
+def bench(arguments: list[str]) -> int:
+    """prefill and decode speed, and memory"""
+    parser = parser_of(
+        "bench",
+        "Tokens a second of prefill and decode, median of some runs, and the peak of memory; added to results.json.",
+        "tritkit bench runs/mine-packed --threads 2",
+    )
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="a model folder (none: the bundled model)")
+    parser.add_argument("--prompt-tokens", type=int, default=128, help="length of the prompt (default 128)")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens decoded behind it (default 64)")
+    parser.add_argument("--repeat", type=int, default=5, help="runs that count (default 5)")
+    parser.add_argument("--no-record", action="store_true", help="do not add the numbers to results.json")
+    _engine_options(parser)
+    options = parser.parse_args(arguments)
+    from . import results
+    from .engine.load import load
+    from .evals.speed import measure
+    from .tables import print_metrics
+
+    model = load(options.model, options.engine, options.threads)
+    metrics = measure(model, options.prompt_tokens, options.tokens, options.repeat)
+    if not options.no_record and options.model is not None:
+        settings = {k: v for k, v in vars(options).items() if k not in ("model", "no_record")}
+        results.record(options.model, "bench", settings, metrics)
+    print_metrics(str(model.folder.path), metrics)
+    return 0
+
+
 def compare(arguments: list[str]) -> int:
     """one table of several folders' results"""
     parser = parser_of(
@@ -311,6 +339,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "generate": generate,
     "chat": chat,
     "eval": evaluate,
+    "bench": bench,
     "compare": compare,
     "inspect": inspect,
 }

@@ -24,7 +24,7 @@ def unpacked(q: QTensor) -> Unpacked:
 
 
 def pack_linears(folder: ModelFolder) -> tuple[dict[str, Packed], str]:
-    """Every linear of a latent folder in its format's default layout. ValueError names a linear that cannot be packed."""
+    """Every linear of a latent folder in its format's default layout; ValueError names one that it cannot hold."""
     format = format_of(str(folder.config.weights))
     layout = LAYOUTS[format.layout]
     found = {}

@@ -64,10 +64,9 @@ class _Lines:
             self.shown = now
             rate = self.done / max(now - self.start, 1e-9)
             left = (self.total - self.done) / max(rate, 1e-9)
-            self.screen.print(
-                f"{self.title}: {self.done / max(self.total, 1e-9):.0%} {_rate(rate, self.unit)}, {left:.0f} s left {note}",
-                soft_wrap=True,
-            )
+            share = self.done / max(self.total, 1e-9)
+            line = f"{self.title}: {share:.0%} {_rate(rate, self.unit)}, {left:.0f} s left {note}"
+            self.screen.print(line, soft_wrap=True)
 
 
 def _rate(rate: float, unit: str) -> str:

@@ -7,11 +7,8 @@ and renamed, so that a kill at any moment leaves the last good one.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -26,6 +23,7 @@ from . import config as settings_file
 from . import results
 from .data import Batches, Tokens, documents, find_files, holdout, text_key, tokenize
 from .files import atomic_open
+from .memory import peak_memory_mib
 from .models.config import ModelConfig
 from .models.transformer import Transformer, build
 from .optim import OptimConfig, make_optimizer, set_step
@@ -138,7 +136,7 @@ def train(
 
 
 def _padded(vocabulary: int) -> int:
-    """Rows of the embedding: a multiple of 64, which every kernel likes; the tokens beyond the vocabulary never occur."""
+    """Rows of the embedding: a multiple of 64, which every kernel likes; rows beyond the vocabulary are never used."""
     return -(-vocabulary // 64) * 64
 
 
@@ -280,9 +278,9 @@ class _Run:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), o.clip or math.inf)
         if not (math.isfinite(total) and math.isfinite(float(norm))):
             raise TrainingStopped(
-                f"the loss of step {self.step + 1} is not a number (loss {total}, gradient norm {float(norm):.3g}); the "
-                f"last good checkpoint is that of step {self.state.last_step()}: start again into another folder with a "
-                f"lower learning rate (--optim.lr={o.lr / 2:g}) or a longer warm-up",
+                f"the loss of step {self.step + 1} is not a number (loss {total}, gradient norm {float(norm):.3g}); "
+                f"the last good checkpoint is that of step {self.state.last_step()}: start again into another folder "
+                f"with a lower learning rate (--optim.lr={o.lr / 2:g}) or a longer warm-up",
                 2,
             )
         self.optimizer.step()
@@ -312,17 +310,6 @@ class _Run:
         return total / windows
 
 
-def peak_memory_mib() -> float:
-    """The largest resident size of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-
-
 def load_settings(file: str | None, overrides: dict[str, str]) -> Settings:
     """Settings from a TOML file and dotted overrides; ValueError as in ``config.load``."""
     return settings_file.load(Settings, file, overrides)
-
-
-def read_log(folder: Path | str) -> list[dict[str, Any]]:
-    path = Path(folder) / "log.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []

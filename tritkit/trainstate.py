@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ class TrainState:
             old.unlink()
 
     def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-        """Load the newest checkpoint that is whole; returns its step, 0 where there is none. Cuts the log back to it."""
+        """Load the newest checkpoint that is whole; returns its step, 0 where there is none. The log is cut back."""
         step = 0
         for path in reversed(self.checkpoints()):
             try:
@@ -122,9 +122,7 @@ def read_latent(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
     """Fill ``model`` from a latent folder, and the optimiser where the folder kept its state."""
     source = open_folder(folder)
     if source.is_packed:
-        raise ValueError(
-            f"{folder} is packed: training goes on from latent weights; give the folder it was packed from"
-        )
+        raise ValueError(f"{folder} is packed; training goes on from latent weights: give what it was packed from")
     _load_model(source.tensors, model, prefix="")
     kept = folder / "optimizer.safetensors"
     if kept.is_file():
@@ -166,9 +164,7 @@ def _load_optimizer(file: TensorFile, model: nn.Module, optimizer: torch.optim.O
 
 
 def _write_checked(path: Path, tensors: dict[str, StoredTensor], metadata: dict[str, str]) -> None:
-    """safetensors with a CRC-32 of all its bytes in a file beside the rename: inside it, as the first tensor's twin."""
-    import zlib
-
+    """safetensors with the CRC-32 of its tensor bytes in its metadata."""
     crc = 0
     for tensor in tensors.values():
         crc = zlib.crc32(np.ascontiguousarray(tensor.array).reshape(-1).view(np.uint8).data, crc)
@@ -180,8 +176,3 @@ def _read_checked(path: Path) -> TensorFile:
     if file.metadata.get("crc32") != str(file.checksum()):
         raise ValueError(f"{path.name} is damaged: its checksum does not fit its bytes")
     return file
-
-
-def free_bytes(folder: Path) -> int:
-    stat = os.statvfs(folder)
-    return stat.f_bavail * stat.f_frsize
