@@ -1,0 +1,64 @@
+# Everything a developer types. `make` alone prints the list. Needs python3 (3.11 or newer), make and a C++17 compiler;
+# all the rest goes into .venv. Another Python: make venv PYTHON=python3.12
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed-in-seconds
+SOURCES := pyproject.toml constraints-cpu.txt CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h)
+CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h)
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off -c constraints-cpu.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test interop slow gpu lint format clean
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+venv: $(INSTALLED) ## create .venv with tritkit (editable) and all the tools; again where the build's inputs changed
+
+# Only the first step may meet torch: from the constraints, so that no later one can choose another build of it.
+$(INSTALLED): $(SOURCES)
+	@command -v $(PYTHON) > /dev/null || { echo "make: there is no $(PYTHON); set PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "make: tritkit needs Python 3.11 or newer, but $(PYTHON) is $$($(PYTHON) --version 2>&1); set PYTHON=" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2> /dev/null || \
+	    { echo "make: $(PYTHON) lacks its module venv; install it (Debian, Ubuntu: the package python3-venv)" >&2; exit 1; }
+	@command -v "$${CXX:-c++}" > /dev/null || command -v g++ > /dev/null || command -v clang++ > /dev/null || \
+	    { echo "make: there is no C++ compiler; install g++ or clang++, or set CXX" >&2; exit 1; }
+	@start=$$(date +%s) && \
+	    { test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); } && \
+	    echo "installing torch, the largest of all" && $(PIP) --quiet torch && \
+	    echo "installing the build tools" && $(PIP) --quiet scikit-build-core nanobind cmake ninja && \
+	    echo "building tritkit and installing the rest" && $(PIP) --quiet --no-build-isolation -e '.[dev]' && \
+	    echo $$(($$(date +%s) - start)) > $@ && echo "set up in $$(cat $@) s"
+
+demo: $(INSTALLED) ## the whole path: generate, train three small models, pack, evaluate, compare
+	@echo "set-up: $$(cat $(INSTALLED)) s, done once"
+	$(BIN)/python examples/demo.py
+
+test: $(INSTALLED) ## the quick tests
+	$(BIN)/python -m pytest -q -m "not slow and not gpu and not interop"
+
+interop: $(INSTALLED) ## compare with other projects (transformers)
+	$(BIN)/python -m pytest -q -m interop
+
+slow: $(INSTALLED) ## the tests that take minutes
+	$(BIN)/python -m pytest -q -m "slow and not gpu" || test $$? -eq 5 # 5: there are none
+
+gpu: $(INSTALLED) ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -q -m gpu || test $$? -eq 5 # 5: there are none
+
+lint: $(INSTALLED) ## ruff, mypy, clang-format; changes nothing
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy tritkit
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: $(INSTALLED) ## rewrite Python and C++ in the house style
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+clean: ## remove .venv, build outputs and caches; runs/ and models/ stay
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find tritkit tests examples tools -name __pycache__ -type d -prune -exec rm -rf {} +
