@@ -29,7 +29,7 @@ class RMSNorm(nn.Module):
 
 
 class Codes(NamedTuple):
-    """Activations that were rounded once for all the linears that read them. values: int8 [rows, i], scale [rows, 1]."""
+    """Activations rounded once for all the linears that read them. values: int8 [rows, i], scale: [rows, 1]."""
 
     x: Tensor
     values: Tensor
