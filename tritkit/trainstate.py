@@ -44,7 +44,7 @@ class TrainState:
         for stale in self.folder.glob(".*.tmp"):
             stale.unlink()
         before = self.folder / SETTINGS
-        if before.is_file() and before.read_text(encoding="utf-8") != settings:
+        if self.checkpoints() and before.is_file() and before.read_text(encoding="utf-8") != settings:
             changed = [
                 line
                 for line in settings.splitlines()
