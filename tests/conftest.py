@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
-WORDS = "the cat sat on a mat and saw the moon over the hill while two owls sang of rain".split()
+WORDS = "the cat sat on a mat and saw the moon over the hill while two owls sang of rain".split()  # noqa: SIM905
 
 
 @pytest.fixture(scope="session")
@@ -45,12 +45,17 @@ def make_folder(tmp_path, tokenizer):
     from tritkit.models.transformer import build
     from tritkit.trainstate import save_model
 
-    formats = {"llama": ("llama", None, None), "b158": ("bitnet", "ternary", "a8"), "b1": ("bitnet", "binary", "a8_q128")}
+    formats = {
+        "llama": ("llama", None, None),
+        "b158": ("bitnet", "ternary", "a8"),
+        "b1": ("bitnet", "binary", "a8_q128"),
+    }
 
     def make(kind: str, seed: int = 0, **changes) -> Path:
         family, weights, activations = formats[kind]
-        sizes = dict(vocab_size=320, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4)
-        sizes |= dict(num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.1)
+        sizes: dict = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2}
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+        sizes |= {"max_position_embeddings": 128, "initializer_range": 0.1}
         config = ModelConfig(family=family, weights=weights, activations=activations, **(sizes | changes))
         folder = tmp_path / f"{kind}-{seed}"
         model = build(config, seed=seed)

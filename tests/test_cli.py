@@ -96,11 +96,7 @@ def test_tokenizer_that_does_not_fit(capsys, make_folder):
 def test_shape_that_cannot_be_packed(capsys, make_folder, tmp_path):
     folder = make_folder("b1", intermediate_size=162)
     sentence = fails(capsys, "pack", str(folder), str(tmp_path / "packed"))
-    assert (
-        "162" in sentence
-        and "down_proj" in sentence
-        and "eight columns" in sentence
-    )
+    assert "162" in sentence and "down_proj" in sentence and "eight columns" in sentence
     assert not (tmp_path / "packed").exists()
 
 

@@ -103,7 +103,9 @@ def test_plain_transformers_refuses_b1(make_folder, tmp_path, packed):
         pack(folder, tmp_path / "packed")
         folder = tmp_path / "packed"
     code = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(folder)!r}); print('loaded')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "TORCHDYNAMO_DISABLE": "1"})
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "TORCHDYNAMO_DISABLE": "1"}
+    )
     assert done.returncode != 0 and "loaded" not in done.stdout
     assert "tritkit_bitnet" in done.stderr
 

@@ -103,8 +103,8 @@ def train(arguments: list[str]) -> int:
     """text to a model folder, from scratch or from a latent folder"""
     parser = parser_of(
         "train",
-        "Train a model on text. CONFIG is a TOML file of settings (none: a small b1.58 model); OUT becomes the model\n"
-        "folder. The same command goes on after a stop. " + DOTTED,
+        "Train a model on text. CONFIG is a TOML file of settings (none: the defaults, in full precision); OUT\n"
+        "becomes the model folder. The same command goes on after a stop.\n" + DOTTED,
         "tritkit train configs/demo-b158.toml runs/mine --data stories.txt --train.steps=500",
     )
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="a .toml file")
@@ -128,7 +128,7 @@ def train(arguments: list[str]) -> int:
     if options.data or options.val:
         import dataclasses
 
-        given = {k: tuple(v) for k, v in (("sources", options.data), ("val", options.val)) if v}
+        given: dict[str, Any] = {k: tuple(v) for k, v in (("sources", options.data), ("val", options.val)) if v}
         settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, **given))
     try:
         metrics = run(settings, options.out, keep_optimizer=options.keep_optimizer, overwrite=options.overwrite)
@@ -241,7 +241,7 @@ def evaluate(arguments: list[str]) -> int:
         "eval",
         "Perplexity of a model, added to its results.json. Protocols: document (each document from BOS to EOS, with\n"
         "bits per byte), llama.cpp (second halves of chunks of 512), gptq (whole windows of 2048).",
-        "tritkit eval runs/mine --data wiki.test.raw --protocol llama.cpp --context 512",
+        "tritkit eval runs/mine --data wiki.test.txt --protocol llama.cpp --context 512",
     )
     parser.add_argument("model", nargs="?", metavar="MODEL", help="a model folder (none: the bundled model)")
     parser.add_argument("--data", action="append", default=[], help="text (default: the bundled held-out books)")

@@ -59,7 +59,7 @@ class _Text(str):
 
 def _fill(kind: type[T], tree: dict[str, Any], prefix: str) -> T:
     hints = typing.get_type_hints(kind)
-    values = {}
+    values: dict[str, Any] = {}
     for name, value in tree.items():
         if name not in hints:
             close = difflib.get_close_matches(prefix + name, names(kind, prefix), n=1, cutoff=0.5)

@@ -149,7 +149,7 @@ class PackedLinear(nn.Module):
     is_integer = True
 
     def forward(self, x: Tensor | Codes) -> Tensor:
-        codes = x if isinstance(x, Codes) else self.prepare(x)
+        codes = x if isinstance(x, Codes) else self.prepare(x)  # type: ignore[misc]
         assert isinstance(codes, Codes)
         y = integer_product(codes.values, self.codes).float() * (codes.scale * self.scale)
         y = y.reshape(*codes.x.shape[:-1], -1)

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -44,7 +45,8 @@ def progress(title: str, total: float, unit: str = "", every: float = 30.0) -> I
             nonlocal done
             done += amount
             rate = done / max(time.monotonic() - start, 1e-9)
-            bar.update(task, advance=amount, rate=_rate(rate, unit), **({"note": note} if note else {}))
+            fields: dict[str, Any] = {"note": note} if note else {}
+            bar.update(task, advance=amount, rate=_rate(rate, unit), **fields)
 
         yield advance
 
@@ -58,7 +60,7 @@ class _Lines:
         self.done = 0.0
 
     def __call__(self, amount: float = 1, note: str = "") -> None:
-        self.done += amount
+        self.done = min(self.done + amount, self.total)  # totals may be guesses
         now = time.monotonic()
         if now - self.shown >= self.every or self.done >= self.total:
             self.shown = now

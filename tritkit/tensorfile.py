@@ -97,7 +97,7 @@ class TensorFile(Mapping[str, StoredTensor]):
 
     def checksum(self) -> int:
         """CRC-32 of all tensor bytes, in the file's order."""
-        return zlib.crc32(self._bytes[self._start :])
+        return zlib.crc32(self._bytes[self._start :].data)
 
 
 def write_tensors(path: Path | str, tensors: Mapping[str, StoredTensor], metadata: dict[str, str]) -> None:

@@ -71,8 +71,10 @@ class KneserNey:
         order = min(order, len(stream))
 
         # ids[j] is the row of the n-gram that starts at token j; the one 0-gram is everywhere.
-        ids = np.zeros(len(stream) + 1, np.int32)
-        keys, suffixes, counts = [], [], []
+        ids: np.ndarray = np.zeros(len(stream) + 1, np.int32)
+        keys: list[np.ndarray] = []
+        suffixes: list[np.ndarray] = []
+        counts: list[np.ndarray] = []
         for n in range(1, order + 1):
             first, suffix_of_token = ids[0], ids[1:]
             key = np.multiply(ids[:-1], vocab_size, dtype=np.int64) + stream[n - 1 :]

@@ -23,7 +23,7 @@ import numpy as np
 
 from ..data import documents, find_files
 from ..engine import Engine, Job
-from ..engine.load import Model
+from ..engine.load import Model, load
 from ..progress import progress
 
 PROTOCOLS = ("document", "llama.cpp", "gptq")
@@ -39,7 +39,7 @@ class Window:
 
 
 def evaluate(
-    model: Model,
+    model: Model | Path | str,
     sources: list[str] | tuple[str, ...] | None = None,
     *,
     protocol: str = "document",
@@ -47,14 +47,16 @@ def evaluate(
     limit: int = 0,
     text_field: str = "text",
 ) -> dict[str, Any]:
-    """Perplexity of ``model`` on text (none: the bundled held-out books); metrics carry the protocol in their names.
+    """Perplexity of a model, one from ``load`` or a folder; metrics carry the protocol in their names.
 
+    sources: files, folders or globs of text; none: the bundled held-out books.
     context: tokens of a chunk; none takes the protocol's own (512, 2048) or the model's context, whichever is less.
     limit: stop after so many scored tokens, at the end of a window; 0 scores all. ValueError for text that is too
     short, a context longer than the model's, or an unknown protocol.
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"unknown protocol {protocol!r}; known are {', '.join(PROTOCOLS)}")
+    model = model if isinstance(model, Model) else load(model)
     engine = model.engine
     usual = {"llama.cpp": 512, "gptq": 2048, "document": engine.context_length}[protocol]
     context = context or min(usual, engine.context_length)
@@ -62,8 +64,8 @@ def evaluate(
         raise ValueError(f"--context is {context}, but the model's context is {engine.context_length} tokens")
     files = find_files(sources or [str(held_out_text())])
     cut = {"llama.cpp": llama_cpp_windows, "gptq": gptq_windows, "document": document_windows}[protocol]
-    windows, utf8_bytes = cut(model, files, context, text_field)
-    windows = _limited(windows, limit)
+    every, utf8_bytes = cut(model, files, context, text_field)
+    windows = _limited(every, limit)
     if not windows:
         raise ValueError(f"the text is shorter than one window of {context} tokens; give --context less or more text")
     started = time.perf_counter()
@@ -141,7 +143,7 @@ def llama_cpp_windows(model: Model, files: list[Path], n: int, text_field: str) 
             targets = np.full(n, -1, np.int32)
             targets[n // 2 : n - 1] = chunk[n // 2 + 1 :]  # logits of n/2 .. n-2 predict n/2+1 .. n-1
             if adds_bos:
-                chunk[0] = bos
+                chunk[0] = ids[0]
             yield Window(chunk, targets)
 
     return cut(), len(text.encode())

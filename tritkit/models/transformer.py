@@ -10,6 +10,7 @@ Shapes: b batch, t new tokens, s tokens seen so far (cache included), h heads, d
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from .config import ModelConfig
 
 SHORT_CONTEXT = 1024  # up to here a full matrix of attention scores is affordable
 
-MakeLinear = Callable[[int, int], nn.Module]
+MakeLinear = Callable[[int, int], Any]  # (in, out) to a module that has prepare()
 
 
 class KVCache:
