@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import config as settings_file
 from . import results
-from .data import Batches, Tokens, documents, find_files, holdout, text_key, tokenize
+from .data import Batches, Tokens, documents, find_files, holdout, text_key, text_size, tokenize
 from .files import atomic_open
 from .memory import peak_memory_mib
 from .models.config import ModelConfig
@@ -122,7 +122,7 @@ def train(
     if settings.train.threads:
         torch.set_num_threads(settings.train.threads)
     state = TrainState(out / "training")
-    state.claim(settings_file.dump(settings), finished=(out / "config.json").is_file(), overwrite=overwrite)
+    state.claim(settings_file.dump(settings), overwrite)
     tokenizer, tokens, held_out = prepare(settings, out / "training")
     settings = dataclasses.replace(settings, model=settings.model.with_vocab(_padded(len(tokenizer))))
     run = _Run(settings, out, state, tokens, held_out, loss)
@@ -169,7 +169,8 @@ def prepare(settings: Settings, folder: Path) -> tuple[Tokenizer, Tokens, Tokens
     streams = []
     for name, texts in (("train", training_texts), ("val", held_out_texts)):
         key = text_key([*files, *val_files], f"{data.text_field} {data.val_share} {name}", tokenizer)
-        size = sum(f.stat().st_size for f in files) * 3.5 / 1e6
+        size = sum(text_size(f) for f in (val_files if name == "val" and val_files else files)) / 1e6
+        size *= data.val_share if name == "val" and not val_files else 1
         with progress(f"tokens ({name})", size, "MB") as advance:
             path = folder / f"{name}-{key[:16]}"
             streams.append(tokenize(texts(), tokenizer, path, key, lambda n: advance(n / 1e6)))
@@ -310,6 +311,9 @@ class _Run:
         return total / windows
 
 
-def load_settings(file: str | None, overrides: dict[str, str]) -> Settings:
-    """Settings from a TOML file and dotted overrides; ValueError as in ``config.load``."""
-    return settings_file.load(Settings, file, overrides)
+DEFAULT_SETTINGS = Path(__file__).parent / "bundled" / "default.toml"
+
+
+def load_settings(file: Path | str | None = None, overrides: dict[str, str] | None = None) -> Settings:
+    """Settings from a TOML file (none: a small b1.58 model) and overrides; ValueError as in ``config.load``."""
+    return settings_file.load(Settings, file or DEFAULT_SETTINGS, overrides)

@@ -31,12 +31,12 @@ class TrainState:
         self.log_file = folder.parent / "log.jsonl"
         self._log: Any = None
 
-    def claim(self, settings: str, finished: bool, overwrite: bool) -> None:
+    def claim(self, settings: str, overwrite: bool) -> None:
         """Make the folder this run's own. ValueError where it holds a finished model or other settings."""
+        finished = (self.folder.parent / "config.json").is_file() and not self.checkpoints()
         if overwrite:
             shutil.rmtree(self.folder, ignore_errors=True)
-            self.log_file.unlink(missing_ok=True)
-            for name in ("config.json", "model.safetensors"):
+            for name in ("log.jsonl", "config.json", "model.safetensors", "optimizer.safetensors"):
                 (self.folder.parent / name).unlink(missing_ok=True)
         elif finished:
             raise ValueError(f"{self.folder.parent} already holds a trained model; give another folder, or --overwrite")
