@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .base import EPSILON, Format, Grid
 
-_NAME = re.compile(r"int(?P<bits>[2-8])_?(?:g(?P<group>[1-9]\d*)|(?P<shared>row|tensor))?(?P<asym>_asym)?")
+_NAME = re.compile(r"int(?P<bits>[2-8])(?:_g(?P<group>[1-9]\d*)|_(?P<shared>row|tensor))?(?P<asym>_asym)?")
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,10 @@ class Integer(Format):
     """
 
     symmetric: bool = True
+
+    @property
+    def has_offset(self) -> bool:
+        return not self.symmetric
 
     def fit(self, w_rgk: Tensor) -> Grid:
         if self.symmetric:
@@ -39,7 +43,8 @@ class Integer(Format):
         """A scale of zero (a group of zeros) becomes one; groups keep the precision of their float16 on disk."""
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         if isinstance(self.group, int):
-            scale = scale.half().clamp(min=torch.finfo(torch.float16).tiny).float()
+            largest, smallest = torch.finfo(torch.float16).max, torch.finfo(torch.float16).tiny
+            scale = scale.clamp(smallest, largest).half().float()
         return scale
 
 

@@ -45,6 +45,26 @@ class Layout(ABC):
             raise ValueError(f"{self.name} holds the codes {allowed}, but the matrix has codes from {low} to {high}")
 
     def _one_scale(self, matrix: Unpacked) -> np.ndarray:
-        if matrix.scale.size != 1 or matrix.offset is not None:
+        if matrix.scale.size != 1:
             raise ValueError(f"{self.name} holds one scale per matrix, but this matrix has {matrix.scale.size}")
+        if matrix.offset is not None:
+            raise ValueError(f"{self.name} holds one scale per matrix and no offset, but this matrix has one")
         return matrix.scale.astype(np.float32).reshape(1)
+
+    def _array(self, packed: Packed, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """A stored array of that shape (-1: any side), or ValueError."""
+        found = packed.arrays.get(name)
+        if found is None:
+            raise ValueError(f"{self.name} has no array {name}")
+        if len(found.shape) != len(shape) or any(s not in (-1, f) for s, f in zip(shape, found.shape, strict=True)):
+            what = "bytes" if name == "weight" else "values"
+            raise ValueError(f"{self.name} wants {name} of {shape} {what}, but it has {found.shape}")
+        return found
+
+    def _stored_scale(self, packed: Packed) -> np.ndarray:
+        """The one scale of a matrix, float32 [1, 1]."""
+        scale = packed.arrays.get("weight_scale")
+        if scale is None or scale.size != 1:
+            found = "none" if scale is None else f"{scale.size}"
+            raise ValueError(f"{self.name} holds one weight_scale per matrix, but there are {found}")
+        return scale.astype(np.float32).reshape(1, 1)

@@ -18,11 +18,11 @@ class BinaryRows(Layout):
         return Packed({"weight": bits, "weight_scale": self._one_scale(matrix)})
 
     def unpack(self, packed: Packed, shape: tuple[int, int]) -> Unpacked:
-        byte = packed.arrays["weight"]
-        if byte.shape != (shape[0], shape[1] // 8):
-            raise ValueError(f"{self.name} of a {shape} matrix is {(shape[0], shape[1] // 8)} bytes, not {byte.shape}")
+        byte = self._array(packed, "weight", (shape[0], -(-shape[1] // 8)))
+        if shape[1] % 8:
+            raise ValueError(f"{self.name} packs eight columns in each of its bytes, so {shape[1]} columns cannot be")
         bits = np.unpackbits(byte, axis=1, bitorder="little").astype(np.int16)
-        return Unpacked(2 * bits - 1, packed.arrays["weight_scale"].astype(np.float32).reshape(1, 1))
+        return Unpacked(2 * bits - 1, self._stored_scale(packed))
 
 
 class Dense(Layout):
@@ -42,23 +42,32 @@ class Dense(Layout):
             raise ValueError(f"dense holds codes of at most 8 bits, but the matrix has codes from {low} to {high}")
         code_bits = np.unpackbits((matrix.codes - lo).astype(np.uint8)[..., None], axis=-1, bitorder="little")
         packed = np.packbits(code_bits[..., :bits].reshape(matrix.codes.shape[0], -1), axis=1, bitorder="little")
-        stored = np.float16 if matrix.scale.shape[1] > 1 else np.float32
+        scale = matrix.scale.astype(np.float16 if matrix.scale.shape[1] > 1 else np.float32)
+        if not np.array_equal(scale.astype(np.float32), matrix.scale):
+            raise ValueError("dense holds scales of groups as float16, but these are no float16 values")
         arrays = {
             "weight": packed,
-            "weight_scale": matrix.scale.astype(stored),
+            "weight_scale": scale,
             "weight_code": np.array([bits, lo], np.int16),
         }
         if matrix.offset is not None:
             zero = np.rint(-matrix.offset / matrix.scale)
+            if zero.min() < 0 or zero.max() > 255 or not np.array_equal(-matrix.scale * zero, matrix.offset):
+                raise ValueError("dense holds offsets as an integer zero point of 0 to 255 times the scale, unlike these")
             arrays["weight_zero"] = zero.astype(np.uint8)
         return Packed(arrays)
 
     def unpack(self, packed: Packed, shape: tuple[int, int]) -> Unpacked:
-        bits, lo = (int(v) for v in packed.arrays["weight_code"])
-        flat = np.unpackbits(packed.arrays["weight"], axis=1, bitorder="little")[:, : shape[1] * bits]
+        bits, lo = (int(v) for v in self._array(packed, "weight_code", (2,)))
+        if not (1 <= bits <= 8 and -(1 << bits - 1) <= lo <= 0):
+            raise ValueError(f"dense holds 1 to 8 bits a code, but its weight_code says {bits} bits from {lo}")
+        byte = self._array(packed, "weight", (shape[0], -(-shape[1] * bits // 8)))
+        flat = np.unpackbits(byte, axis=1, bitorder="little")[:, : shape[1] * bits]
         code_bits = np.zeros((*shape, 8), np.uint8)
         code_bits[..., :bits] = flat.reshape(*shape, bits)
         codes = np.packbits(code_bits, axis=-1, bitorder="little")[..., 0].astype(np.int16) + lo
-        scale = packed.arrays["weight_scale"].astype(np.float32)
-        zero = packed.arrays.get("weight_zero")
+        scale = self._array(packed, "weight_scale", (-1, -1)).astype(np.float32)
+        if scale.shape[0] not in (1, shape[0]) or not scale.shape[1] or shape[1] % scale.shape[1]:
+            raise ValueError(f"dense has weight_scale of {scale.shape} values, which do not share out a {shape} matrix")
+        zero = None if "weight_zero" not in packed.arrays else self._array(packed, "weight_zero", scale.shape)
         return Unpacked(codes, scale, None if zero is None else -scale * zero.astype(np.float32))

@@ -29,9 +29,11 @@ class HFBitNet(Layout):
         )
 
     def unpack(self, packed: Packed, shape: tuple[int, int]) -> Unpacked:
-        byte = packed.arrays["weight"]
-        if byte.shape != (shape[0] // 4, shape[1]):
-            raise ValueError(f"{self.name} of a {shape} matrix is {(shape[0] // 4, shape[1])} bytes, not {byte.shape}")
+        byte = self._array(packed, "weight", (-(-shape[0] // 4), shape[1]))
+        if shape[0] % 4:
+            raise ValueError(f"{self.name} packs four rows in each of its bytes, so {shape[0]} rows cannot be")
         fields = np.stack([(byte >> shift) & 3 for shift in (0, 2, 4, 6)])
-        scale = packed.arrays["weight_scale"].astype(np.float32).reshape(1, 1)
+        if (fields == 3).any():
+            raise ValueError(f"{self.name} holds the codes -1, 0 and 1, but its bytes have a fourth code")
+        scale = self._stored_scale(packed)
         return Unpacked(fields.reshape(shape).astype(np.int16) - 1, 1 / scale if self.divides else scale)

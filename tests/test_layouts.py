@@ -1,0 +1,206 @@
+"""Laws over LAYOUTS: bytes come back as the codes and scales that went in, at the width that was promised."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tritkit.layouts import LAYOUTS, Packed, Unpacked
+
+CAN_HOLD = {
+    "hf_bitlinear": [(-1, 0, 1)],
+    "hf_autobitlinear": [(-1, 0, 1)],
+    "binary_rows": [(-1, 1)],
+    "dense": [
+        *(tuple(range(-(1 << b - 1), 1 << b - 1)) for b in range(2, 9)),
+        *(tuple(range(1 << b)) for b in range(1, 9)),
+        (-1, 0, 1),
+        (-1, 1),
+        (0,),
+        (-128,),
+        (255,),
+        (-3,),
+    ],
+}
+CASES = [(name, codes) for name, all_codes in CAN_HOLD.items() for codes in all_codes]
+BITS = {"hf_bitlinear": 2, "hf_autobitlinear": 2, "binary_rows": 1}
+
+
+def matrix(codes, shape=(12, 40), scale=0.0371, seed=0) -> Unpacked:
+    random = np.random.default_rng(seed)
+    return Unpacked(random.choice(np.array(codes, np.int16), shape), np.array([[scale]], np.float32))
+
+
+def same(a: Unpacked, b: Unpacked) -> bool:
+    return (
+        np.array_equal(a.codes, b.codes)
+        and b.codes.dtype == np.int16
+        and np.array_equal(a.scale, b.scale)
+        and (a.offset is None) == (b.offset is None)
+        and (a.offset is None or np.array_equal(a.offset, b.offset))
+    )
+
+
+def test_every_layout_is_tested():
+    assert set(CAN_HOLD) == set(LAYOUTS)
+
+
+@pytest.mark.parametrize(("name", "codes"), CASES)
+def test_pack_and_unpack_is_the_identity(name, codes):
+    for shape in ((12, 40), (4, 8), (64, 128), *(((5, 7), (1, 1)) if name == "dense" else ())):
+        layout, m = LAYOUTS[name], matrix(codes, shape)
+        back = layout.unpack(layout.pack(m), shape)
+        if name == "hf_bitlinear":  # stores 1 / scale
+            np.testing.assert_allclose(back.scale, m.scale, rtol=2**-22)
+            m = Unpacked(m.codes, back.scale)
+        assert same(m, back)
+
+
+@pytest.mark.parametrize(("name", "codes"), CASES)
+def test_bits_per_weight_are_as_declared(name, codes):
+    m = matrix(codes, (64, 256))
+    packed = LAYOUTS[name].pack(m)
+    low, high = min(codes), max(codes)
+    natural = max((-low - 1).bit_length(), max(high, 0).bit_length()) + 1 if low < 0 else max(high.bit_length(), 1)
+    assert 8 * packed.arrays["weight"].nbytes / m.codes.size == BITS.get(name, natural)
+    assert packed.nbytes - packed.arrays["weight"].nbytes <= 8  # one scale, and dense's two words
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_pack_leaves_its_argument_alone(name):
+    m = matrix(CAN_HOLD[name][0])
+    before = m.codes.copy()
+    LAYOUTS[name].pack(m)
+    assert np.array_equal(m.codes, before)
+
+
+@pytest.mark.interop
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["hf_bitlinear", "hf_autobitlinear"])
+def test_hf_bytes_equal_transformers(name, monkeypatch):
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    theirs = pytest.importorskip("transformers.integrations.bitnet")
+    import torch
+
+    m = matrix((-1, 0, 1), (32, 24))
+    packed = LAYOUTS[name].pack(m).arrays["weight"]
+    assert np.array_equal(packed, theirs.pack_weights(torch.from_numpy(m.codes).float().clone()).numpy())
+    back = theirs.unpack_weights(torch.from_numpy(packed), dtype=torch.float32)
+    assert np.array_equal(back.numpy(), m.codes)
+
+
+def test_the_two_hf_layouts_have_opposite_scales():
+    m = matrix((-1, 0, 1), scale=0.25)
+    assert LAYOUTS["hf_bitlinear"].pack(m).arrays["weight_scale"].tolist() == [4.0]
+    assert LAYOUTS["hf_autobitlinear"].pack(m).arrays["weight_scale"].tolist() == [0.25]
+
+
+def test_binary_rows_bit_order():
+    codes = np.array([[1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1, -1, -1, -1, -1]], np.int16)
+    assert LAYOUTS["binary_rows"].pack(Unpacked(codes, np.ones((1, 1), np.float32))).arrays["weight"].tolist() == [
+        [0x81, 0x02]
+    ]
+
+
+REFUSED = [
+    ("hf_autobitlinear", (-1, 0, 1, 2), (8, 8), "codes from -1 to 2"),
+    ("hf_bitlinear", (-2, 0), (8, 8), "codes from -2 to 0"),
+    ("hf_autobitlinear", (-1, 0, 1), (6, 8), "multiple of 4, not 6"),
+    ("binary_rows", (-1, 0, 1), (8, 8), "codes from -1 to 1"),
+    ("binary_rows", (-1, 1), (8, 12), "a row has 12"),
+    ("dense", (-129, 0), (8, 8), "codes from -129 to 0"),
+    ("dense", (0, 256), (8, 8), "codes from 0 to 256"),
+    ("dense", (-1, 128), (8, 8), "codes from -1 to 128"),
+]
+
+
+@pytest.mark.parametrize(("name", "codes", "shape", "message"), REFUSED)
+def test_what_cannot_be_held_is_refused(name, codes, shape, message):
+    with pytest.raises(ValueError, match=message):
+        LAYOUTS[name].pack(matrix(codes, shape))
+
+
+@pytest.mark.parametrize("name", BITS)
+def test_layouts_of_one_scale_refuse_more(name):
+    codes = matrix((-1, 1)).codes
+    with pytest.raises(ValueError, match="one scale per matrix"):
+        LAYOUTS[name].pack(Unpacked(codes, np.ones((12, 1), np.float32)))
+    with pytest.raises(ValueError, match="offset"):
+        LAYOUTS[name].pack(Unpacked(codes, np.ones((1, 1), np.float32), np.ones((1, 1), np.float32)))
+
+
+def test_dense_refuses_scales_and_offsets_that_it_would_change():
+    codes, scale = matrix((0, 1, 2, 3)).codes, np.full((12, 2), 0.3, np.float32)
+    with pytest.raises(ValueError, match="float16"):
+        LAYOUTS["dense"].pack(Unpacked(codes, scale))
+    scale = scale.astype(np.float16).astype(np.float32)
+    LAYOUTS["dense"].pack(Unpacked(codes, scale, -scale * 255))
+    for zero in (0.5, 256, -1):
+        with pytest.raises(ValueError, match="zero point"):
+            LAYOUTS["dense"].pack(Unpacked(codes, scale, -scale * zero))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_bytes_of_another_shape_are_refused(name):
+    layout = LAYOUTS[name]
+    packed = layout.pack(matrix(CAN_HOLD[name][0], (8, 16)))
+    for shape in ((8, 24), (12, 16), (16, 8), (9, 16)):
+        with pytest.raises(ValueError, match="bytes"):
+            layout.unpack(packed, shape)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_odd_files_are_refused(name):
+    layout = LAYOUTS[name]
+    good = layout.pack(matrix(CAN_HOLD[name][0], (8, 16)))
+    without = {k: v for k, v in good.arrays.items() if k != "weight_scale"}
+    for arrays in (without, {**good.arrays, "weight_scale": np.ones(3, np.float32)}):
+        if name == "dense" and "weight_scale" in arrays:
+            arrays["weight_scale"] = np.ones((3, 1), np.float32)
+        with pytest.raises(ValueError, match="weight_scale"):
+            layout.unpack(Packed(arrays), (8, 16))
+
+
+@pytest.mark.parametrize("name", ["hf_bitlinear", "hf_autobitlinear"])
+def test_the_fourth_field_value_is_no_code(name):
+    packed = LAYOUTS[name].pack(matrix((-1, 0, 1), (8, 16)))
+    packed.arrays["weight"][1, 3] |= 0b1100
+    with pytest.raises(ValueError, match="code"):
+        LAYOUTS[name].unpack(packed, (8, 16))
+
+
+@pytest.mark.parametrize("header", [[0, 0], [9, -1], [-1, 0], [4]])
+def test_dense_refuses_odd_widths(header):
+    packed = LAYOUTS["dense"].pack(matrix(range(-8, 8), (8, 16)))
+    packed.arrays["weight_code"] = np.array(header, np.int16)
+    with pytest.raises(ValueError, match="weight_code"):
+        LAYOUTS["dense"].unpack(packed, (8, 16))
+
+
+WEIGHT_FORMATS = ["ternary", "binary"]
+WEIGHT_FORMATS += [f"int{b}_{g}{a}" for b in (2, 3, 4, 7, 8) for g in ("tensor", "row", "g32") for a in ("", "_asym")]
+
+
+@pytest.mark.parametrize("name", WEIGHT_FORMATS)
+def test_a_formats_layout_holds_what_it_makes(name):
+    import torch
+
+    from tritkit.formats import format_of
+    from tritkit.pack import unpacked
+
+    format = format_of(name)
+    w = 0.05 * torch.randn((32, 64), generator=torch.Generator().manual_seed(0))
+    w[3] = 0
+    q = format.quantize(w)
+    layout, m = LAYOUTS[format.layout], unpacked(q)
+    back = layout.unpack(layout.pack(m), (32, 64))
+    assert same(m, back)
+    groups = back.codes.reshape(q.codes.shape).astype(np.float32)
+    values = groups * back.scale[..., None] + (0 if back.offset is None else back.offset[..., None])
+    assert np.array_equal(values.reshape(32, 64), q.dequantize().numpy())
+
+
+def test_importing_layouts_imports_no_torch():
+    code = "import sys, tritkit.layouts; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
