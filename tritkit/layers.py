@@ -65,13 +65,9 @@ class BitLinear(Linear):
     @property
     def is_integer(self) -> bool:
         """Whether the product can run on int8 codes: one weight scale, one scale a token, no offset."""
-        return (
-            self.strength == 1.0
-            and self.weights.group == "tensor"
-            and self.activations.group == "row"
-            and max(-self.weights.lo, self.weights.hi, -self.activations.lo - 1, self.activations.hi) <= 127
-            and not self.weights.name.endswith("_asym")
-        )
+        shared = self.weights.group == "tensor" and self.activations.group == "row"
+        narrow = self.weights.fits_int8 and self.activations.fits_int8
+        return self.strength == 1.0 and shared and narrow and not self.weights.has_offset
 
     def prepare(self, x: Tensor) -> Tensor | Codes:
         if not self.is_integer:

@@ -47,6 +47,15 @@ class Format:
     group: str | int
     layout: str = "dense"
 
+    @property
+    def has_offset(self) -> bool:
+        """Whether its grids are shifted: w ~ scale * code + offset with an offset that is not zero."""
+        return False
+
+    @property
+    def fits_int8(self) -> bool:
+        return self.lo >= -128 and self.hi <= 127
+
     def split(self, w: Tensor) -> Tensor:
         """View w [..., in] as [rows, groups, values that share a scale].
 
