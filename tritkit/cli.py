@@ -103,7 +103,7 @@ def train(arguments: list[str]) -> int:
     """text to a model folder, from scratch or from a latent folder"""
     parser = parser_of(
         "train",
-        "Train a model on text. CONFIG is a TOML file of settings (none: the defaults, in full precision); OUT\n"
+        "Train a model on text. CONFIG is a TOML file of settings (none: a small b1.58 model); OUT\n"
         "becomes the model folder. The same command goes on after a stop.\n" + DOTTED,
         "tritkit train configs/demo-b158.toml runs/mine --data stories.txt --train.steps=500",
     )
