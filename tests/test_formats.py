@@ -188,7 +188,9 @@ def test_row_is_the_default_group():
     assert format_of("int4").name == "int4_row" and format_of("int4_asym").name == "int4_row_asym"
 
 
-@pytest.mark.parametrize("name", ["int1", "int9", "int4_g0", "int4_gx", "ternery", "", "int4_row_sym", "INT4", "int4_", "int4g64"])
+@pytest.mark.parametrize(
+    "name", ["int1", "int9", "int4_g0", "int4_gx", "ternery", "", "int4_row_sym", "INT4", "int4_", "int4g64"]
+)
 def test_bad_names_are_refused(name):
     with pytest.raises(ValueError, match=f"unknown format {name!r}"):
         format_of(name)

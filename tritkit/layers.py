@@ -67,7 +67,9 @@ class BitLinear(Linear):
         """Whether the product can run on int8 codes: one weight scale, one scale a token, no offset."""
         shared = self.weights.group == "tensor" and self.activations.group == "row"
         narrow = self.weights.fits_int8 and self.activations.fits_int8
-        return self.strength == 1.0 and shared and narrow and not self.weights.has_offset
+        return (
+            self.strength == 1.0 and shared and narrow and not (self.weights.has_offset or self.activations.has_offset)
+        )
 
     def prepare(self, x: Tensor) -> Tensor | Codes:
         if not self.is_integer:

@@ -53,7 +53,9 @@ class Dense(Layout):
         if matrix.offset is not None:
             zero = np.rint(-matrix.offset / matrix.scale)
             if zero.min() < 0 or zero.max() > 255 or not np.array_equal(-matrix.scale * zero, matrix.offset):
-                raise ValueError("dense holds offsets as an integer zero point of 0 to 255 times the scale, unlike these")
+                raise ValueError(
+                    "dense holds offsets as an integer zero point of 0 to 255 times the scale, unlike these"
+                )
             arrays["weight_zero"] = zero.astype(np.uint8)
         return Packed(arrays)
 
