@@ -105,6 +105,9 @@ def test_pack_refuses_what_is_not_latent(capsys, make_folder, tmp_path):
     pack(make_folder("b158"), tmp_path / "packed")
     assert "packed already" in fails(capsys, "pack", str(tmp_path / "packed"), str(tmp_path / "b"))
     assert "--overwrite" in fails(capsys, "pack", str(make_folder("b158", 1)), str(tmp_path / "packed"))
+    config = make_folder("b1", 2) / "config.json"
+    config.write_text(config.read_text().replace('"binary"', '"int4_g32"'))
+    assert "int4_g32 cannot be packed yet" in fails(capsys, "pack", str(config.parent), str(tmp_path / "c"))
 
 
 def test_prompt_longer_than_the_context(capsys, make_folder):

@@ -16,6 +16,9 @@ from .layouts import LAYOUTS, Packed, Unpacked
 from .tensorfile import StoredTensor
 
 
+PACKABLE = ("hf_autobitlinear", "binary_rows")  # layouts that the containers and the engines know so far
+
+
 def unpacked(q: QTensor) -> Unpacked:
     """A quantised matrix as layouts take it: codes int16 [out, in], scales float32 [rows, groups]."""
     codes = q.codes.reshape(q.shape).numpy()
@@ -26,6 +29,8 @@ def unpacked(q: QTensor) -> Unpacked:
 def pack_linears(folder: ModelFolder) -> tuple[dict[str, Packed], str]:
     """Every linear of a latent folder in its format's default layout; ValueError names one that it cannot hold."""
     format = format_of(str(folder.config.weights))
+    if format.layout not in PACKABLE:
+        raise ValueError(f"weights in {format.name} cannot be packed yet; ternary and binary ones can")
     layout = LAYOUTS[format.layout]
     found = {}
     for name in linear_names(folder.config):
