@@ -39,7 +39,8 @@ def find_files(sources: Sequence[str]) -> list[Path]:
                 raise ValueError(f"{source} is no text file that tritkit reads: expected {', '.join(SUFFIXES[:5])}")
             inside = [path]
         else:
-            inside = sorted(Path(p) for p in glob.glob(source, recursive=True) if p.endswith(SUFFIXES))
+            found_here = (Path(p) for p in glob.glob(source, recursive=True) if p.endswith(SUFFIXES))
+            inside = sorted(p for p in found_here if p.is_file())
             if not inside:
                 raise ValueError(f"there is no file {source}")
         found += inside
@@ -70,22 +71,59 @@ def _open(path: Path) -> IO[str]:
     if path.suffix == ".gz":
         return gzip.open(path, "rt", encoding="utf-8")
     if path.suffix == ".zst":
-        import zstandard
-
-        return io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(path.open("rb")), encoding="utf-8")
+        return io.TextIOWrapper(io.BufferedReader(_Zstandard(path)), encoding="utf-8")
     return path.open(encoding="utf-8")
 
 
+class _Zstandard(io.RawIOBase):
+    """The bytes of a .zst file. The library's own reader takes a file that was cut off for one that ends there."""
+
+    def __init__(self, path: Path):
+        import zstandard
+
+        self.error = zstandard.ZstdError
+        self.new = zstandard.ZstdDecompressor().decompressobj
+        self.file = path.open("rb")
+        self.decoder, self.held = self.new(), b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:  # type: ignore[override]
+        while not self.held:
+            rest = self.decoder.unused_data if self.decoder.eof else b""
+            chunk = rest or self.file.read(1 << 16)
+            if self.decoder.eof:  # another frame may follow
+                if not chunk:
+                    return 0
+                self.decoder = self.new()
+            elif not chunk:
+                raise EOFError("the compressed data ends before its end mark")
+            try:
+                self.held = self.decoder.decompress(chunk)
+            except self.error as error:
+                raise EOFError(str(error)) from None
+        part = self.held[: len(buffer)]
+        self.held = self.held[len(part) :]
+        buffer[: len(part)] = part
+        return len(part)
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
 def _lines(path: Path) -> Iterator[str]:
+    number = 0
     try:
         with _open(path) as file:
-            for line in file:
+            for number, line in enumerate(file, 1):  # noqa: B007
                 if "\0" in line:
                     raise ValueError(f"{path} is not text: it holds zero bytes")
                 yield line
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    except (lzma.LZMAError, EOFError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error.reason} somewhere after line {number}") from None
+    except (lzma.LZMAError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is damaged or not compressed as its name says: {error}") from None
 
 
@@ -133,17 +171,20 @@ def text_key(files: Sequence[Path], how: str, tokenizer: Tokenizer | None) -> st
 def holdout(texts: Iterator[str], share: float, held_out: bool) -> Iterator[str]:
     """Split documents by their content into held-out ones (about ``share``) and the others; yields one side.
 
-    The same document always falls on the same side. Where fewer than 50 documents make chance too coarse, the last
-    share of every document is held out instead, cut at a line end.
+    The same document always falls on the same side; so that there is any, the one of the first 50 that comes nearest
+    to it is held out too. Where fewer than 50 documents make chance too coarse, the last share of every document is
+    held out instead, cut at a line end where one is near.
     """
     first = list(itertools.islice(texts, 50))
     if len(first) < 50:
         for text in first:
-            cut = text.rfind("\n", 0, int(len(text) * (1 - share))) + 1 or int(len(text) * (1 - share))
+            aim = int(len(text) * (1 - share))
+            cut = text.rfind("\n", max(2 * aim - len(text), 0), aim) + 1 or aim
             yield text[cut:] if held_out else text[:cut]
         return
+    limit = max(share * 2**32, 1 + min(zlib.crc32(text.encode()) for text in first))
     for text in itertools.chain(first, texts):
-        if (zlib.crc32(text.encode()) < share * 2**32) == held_out:
+        if (zlib.crc32(text.encode()) < limit) == held_out:
             yield text
 
 
@@ -172,6 +213,8 @@ def tokenize(
         facts = {"key": key, "tokens": length, "documents": count, "utf8_bytes": size, "dtype": np.dtype(kind).name}
         with atomic_open(about) as file:
             json.dump(facts, file)
+    if not facts["tokens"]:  # an empty file cannot be mapped
+        return Tokens(np.zeros(0, kind), 0, 0)
     stream = np.memmap(data, np.dtype(facts["dtype"]), "r", shape=(facts["tokens"],))
     return Tokens(stream, facts["documents"], facts["utf8_bytes"])
 

@@ -43,7 +43,12 @@ class Tokenizer:
         except Exception as error:  # tokenizers raises a bare Exception for every malformed file
             raise ValueError(f"{file} is not a tokenizer of the tokenizers library: {error}") from None
         beside = file.with_name("tokenizer_config.json")
-        config = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+        try:
+            config = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+        except ValueError as error:
+            raise ValueError(f"{beside} is not JSON: {error}") from None
+        if not isinstance(config, dict):
+            raise ValueError(f"{beside} holds no JSON object")
         template = file.with_name("chat_template.jinja")
         if template.is_file():
             config.setdefault("chat_template", template.read_text(encoding="utf-8"))

@@ -10,6 +10,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"hidden_act": "silu", "sub_norms": False, "architectures": ["LlamaForCausalLM"]},
     "bitnet": {"hidden_act": "relu2", "sub_norms": True, "architectures": ["BitNetForCausalLM"]},
 }
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+# What transformers takes where config.json is silent.
+HF_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"rms_norm_eps": 1e-6, "rope_theta": 10000.0},
+    "bitnet": {"rms_norm_eps": 1e-5, "rope_theta": 500000.0},
+}
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
             raise ValueError(f"unknown model family {self.family!r}; known are {', '.join(FAMILIES)}")
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings"):
+        for name in (*SIZES, "num_key_value_heads", "max_position_embeddings"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} must be at least 1, not {getattr(self, name)}")
         if self.hidden_size % self.num_attention_heads:
@@ -94,14 +100,25 @@ def config_from_hf(hf: dict[str, Any], weights: str | None, activations: str | N
         if hf.get(flag):
             raise ValueError(f"config.json has {flag} = true, which tritkit does not run yet")
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"config.json has rope_parameters {rope!r}, which is no table")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise ValueError(f"config.json has rope scaling {kind!r}, which tritkit does not run yet")
-    heads = hf.get("num_attention_heads")
-    known = {f.name for f in fields(ModelConfig)} - {"family", "weights", "activations", "rope_theta"}
-    values = {k: v for k, v in hf.items() if k in known and v is not None}
-    values.setdefault("num_key_value_heads", heads)
-    theta = rope.get("rope_theta") or hf.get("rope_theta") or (500000.0 if family == "bitnet" else 10000.0)
-    if hf.get("head_dim") not in (None, hf["hidden_size"] // heads):
+    for name in SIZES:
+        if hf.get(name) is None:
+            raise ValueError(f"config.json has no {name}")
+    default = ModelConfig()
+    known = {f.name for f in fields(ModelConfig)} - {"family", "weights", "activations"}
+    values = {"tie_word_embeddings": False, "max_position_embeddings": 2048, **HF_DEFAULTS[family]}
+    values["num_key_value_heads"] = hf["num_attention_heads"]
+    values |= {k: v for k, v in {**hf, **rope}.items() if k in known and v is not None}
+    for name, value in values.items():
+        kind = type(getattr(default, name))
+        if not (type(value) is kind or (kind is float and type(value) is int)):
+            raise ValueError(f"config.json has {name} {value!r}, which is no {kind.__name__}")
+        values[name] = kind(value)
+    config = ModelConfig(family=family, weights=weights, activations=activations, **values)
+    if hf.get("head_dim") not in (None, config.head_dim):
         raise ValueError(f"config.json has head_dim {hf['head_dim']}, but tritkit needs hidden_size / heads")
-    return ModelConfig(family=family, rope_theta=float(theta), weights=weights, activations=activations, **values)
+    return config
