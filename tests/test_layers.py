@@ -49,7 +49,9 @@ def test_integer_product_of_the_most_extreme_codes(backend):
 
 def graph(layer, x, w):
     """What BitLinear computes, written as the papers' code has it."""
-    return F.linear(fake_quantize(x, layer.activations, layer.strength), fake_quantize(w, layer.weights, layer.strength))
+    return F.linear(
+        fake_quantize(x, layer.activations, layer.strength), fake_quantize(w, layer.weights, layer.strength)
+    )
 
 
 @pytest.mark.parametrize(("weights", "activations"), PAIRS)

@@ -160,7 +160,9 @@ def test_what_cannot_run_is_refused_by_name(changes, message):
         config_from_hf({**config().to_hf(), **changes}, None, None)
 
 
-@pytest.mark.parametrize("name", ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"])
+@pytest.mark.parametrize(
+    "name", ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+)
 def test_a_size_that_is_missing_is_named(name):
     hf = config().to_hf()
     del hf[name]
@@ -173,7 +175,11 @@ def test_a_size_that_is_missing_is_named(name):
 @pytest.mark.parametrize(("family", "name"), [("llama", "LlamaConfig"), ("bitnet", "BitNetConfig")])
 def test_what_config_json_leaves_out_is_as_in_transformers(family, name):
     transformers = pytest.importorskip("transformers")
-    hf = {k: v for k, v in config("llama" if family == "llama" else "b158").to_hf().items() if k.endswith(("_size", "_layers", "_heads"))}
+    hf = {
+        k: v
+        for k, v in config("llama" if family == "llama" else "b158").to_hf().items()
+        if k.endswith(("_size", "_layers", "_heads"))
+    }
     ours, theirs = config_from_hf({"model_type": family, **hf}, None, None), getattr(transformers, name)(**hf)
     for field in ("tie_word_embeddings", "rms_norm_eps", "max_position_embeddings"):
         assert getattr(ours, field) == getattr(theirs, field), field

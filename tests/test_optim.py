@@ -46,7 +46,9 @@ def test_rates_fall_after_the_warm_up_and_an_odd_number_of_steps_has_a_midpoint(
     assert OptimConfig(warmup_steps=0).lr_at(0, T) == 1.5e-3
 
 
-@pytest.mark.parametrize(("changes", "message"), [({"schedule": "cosine"}, "cosine"), ({"lr": 0.0}, "lr"), ({"lr": -1.0}, "lr")])
+@pytest.mark.parametrize(
+    ("changes", "message"), [({"schedule": "cosine"}, "cosine"), ({"lr": 0.0}, "lr"), ({"lr": -1.0}, "lr")]
+)
 def test_wrong_settings_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         OptimConfig(**changes)

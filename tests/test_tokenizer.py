@@ -123,7 +123,13 @@ def test_the_smallest_vocabulary():
     assert len(smallest) == 258 and smallest.decode(smallest.encode(TEXTS[3])) == TEXTS[3]
 
 
-BROKEN = {"empty": "", "no JSON": "{", "other JSON": "{}", "a list": "[1, 2]", "odd model": '{"model": {"type": "Nope"}}'}
+BROKEN = {
+    "empty": "",
+    "no JSON": "{",
+    "other JSON": "{}",
+    "a list": "[1, 2]",
+    "odd model": '{"model": {"type": "Nope"}}',
+}
 
 
 @pytest.mark.parametrize("what", BROKEN)
@@ -142,7 +148,7 @@ def test_a_broken_config_is_refused(tokenizer, tmp_path, content):
 
 
 def test_no_tokenizer(tmp_path):
-    with pytest.raises(ValueError, match="has no tokenizer.json"):
+    with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match=r"tokenizer\.json"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import tomllib
 import types
 import typing
@@ -99,12 +100,16 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     else:
         for option in options:
             if typing.get_origin(option) is tuple and isinstance(value, list):
+                (inner, *_) = typing.get_args(option)
+                if any(type(v) is not inner for v in value):
+                    continue
                 return tuple(value)
             if option is float and type(value) is int:
                 return float(value)
             if isinstance(option, type) and type(value) is option:
                 return value
-    wanted = " or ".join(getattr(o, "__name__", str(o)) for o in options if o is not type(None))
+    named = (str(o) if typing.get_origin(o) else getattr(o, "__name__", str(o)) for o in options)
+    wanted = " or ".join(n for n in named if n != "NoneType")
     raise ValueError(f"setting {name!r} wants {wanted}, not {str(value)!r}")
 
 
@@ -127,5 +132,5 @@ def _toml(value: Any) -> str:
         return repr(value)
     if isinstance(value, (tuple, list)):
         return "[" + ", ".join(_toml(v) for v in value) + "]"
-    escaped = str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t")
-    return f'"{escaped}"'
+    # A JSON string is a TOML string but for the one control character that JSON does not escape.
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")

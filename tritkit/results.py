@@ -77,7 +77,9 @@ def check(tree: Any, path: Path | str = "results.json") -> None:
         "metrics": dict,
         "per_linear": dict,
     }
-    for number, run in enumerate(tree.get("runs", ())):
+    if not isinstance(tree.get("runs"), list):
+        raise ValueError(f"{path} has no runs of type list")
+    for number, run in enumerate(tree["runs"]):
         for key, kind in kinds.items():
             if not isinstance(run, dict) or not isinstance(run.get(key), kind):
                 raise ValueError(f"{path}: run {number} has no {key} of type {kind.__name__}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import struct
 import zlib
 from collections.abc import Mapping
@@ -27,6 +29,7 @@ DTYPES = {
     "BOOL": np.bool_,
 }
 LARGEST_HEADER = 100_000_000  # the limit of the safetensors library itself
+LARGEST_TENSOR, MOST_SIDES = 1 << 56, 32  # what numpy can shape
 
 
 class StoredTensor(NamedTuple):
@@ -58,28 +61,40 @@ class TensorFile(Mapping[str, StoredTensor]):
             raise ValueError(f"{path} is not a safetensors file: its header claims {length} of {size} bytes")
         try:
             header = json.loads(self._bytes[8 : 8 + length].tobytes())
-            self.metadata: dict[str, str] = header.pop("__metadata__", {})
-        except (ValueError, AttributeError):
-            raise ValueError(f"{path} is not a safetensors file: its header is not a JSON object") from None
+        except (ValueError, RecursionError):
+            header = None
+        if not isinstance(header, dict):
+            raise ValueError(f"{path} is not a safetensors file: its header is not a JSON object")
+        self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        if not isinstance(self.metadata, dict) or not all(isinstance(v, str) for v in self.metadata.values()):
+            raise ValueError(f"{path} is not a safetensors file: its metadata is not a table of texts")
         self._start = 8 + length
         self._header: dict[str, dict] = header
-        for name in header:
-            self._view(name)
+        spans = sorted((*self._span(name), name) for name in header)
+        for (_, end, _), (begin, _, name) in itertools.pairwise(spans):
+            if begin < end:
+                raise ValueError(f"{self.path}: tensor {name!r} lies over another one")
 
-    def _view(self, name: str) -> StoredTensor:
+    def _span(self, name: str) -> tuple[int, int]:
+        """First byte and end of a tensor, or ValueError where its entry is odd."""
         entry = self._header[name]
         try:
-            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            kind = np.dtype(DTYPES[dtype])
-            count = 1
-            for side in shape:
-                count *= side
+            size = np.dtype(DTYPES[entry["dtype"]]).itemsize
+            shape, (begin, end) = list(entry["shape"]), entry["data_offsets"]
         except (KeyError, TypeError, ValueError):
             raise ValueError(f"{self.path}: tensor {name!r} has an entry that is not understood") from None
-        if not 0 <= begin <= end <= len(self._bytes) - self._start or end - begin != count * kind.itemsize:
+        numbers = all(type(n) is int and n >= 0 for n in (*shape, begin, end)) and len(shape) <= MOST_SIDES
+        if not numbers or math.prod(max(side, 1) for side in shape) > LARGEST_TENSOR:
+            raise ValueError(f"{self.path}: tensor {name!r} has an entry that is not understood")
+        if not begin <= end <= len(self._bytes) - self._start or end - begin != math.prod(shape) * size:
             raise ValueError(f"{self.path}: tensor {name!r} claims bytes {begin} to {end}, which do not fit {shape}")
+        return begin, end
+
+    def _view(self, name: str) -> StoredTensor:
+        begin, end = self._span(name)
+        dtype, shape = self._header[name]["dtype"], self._header[name]["shape"]
         raw = self._bytes[self._start + begin : self._start + end]
-        return StoredTensor(dtype, raw.view(kind).reshape(shape))
+        return StoredTensor(dtype, raw.view(DTYPES[dtype]).reshape(shape))
 
     def __getitem__(self, name: str) -> StoredTensor:
         if name not in self._header:

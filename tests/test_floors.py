@@ -1,0 +1,103 @@
+"""Imports point down or stay on their floor (DESIGN: the house)."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "tritkit"
+
+# The floor of every package or module of ours; what is not named here has none and may not be imported from below.
+FLOORS = {
+    "layouts": 0, "formats": 0,
+    "kernels": 1,
+    "layers": 2, "models": 2, "tokenizer": 2,
+    "data": 3, "optim": 3, "trainer": 3, "trainstate": 3, "checkpoint": 3, "pack": 3, "folderfacts": 3,
+    "engine": 4, "evals": 4,
+    "chat": 5, "tables": 5, "cli": 6, "__main__": 7,
+}  # fmt: skip
+EVERYWHERE = {"config", "results", "files", "progress", "memory", "tensorfile"}
+TORCH_FREE = {"layouts", "tokenizer", "models.config", "models", "data", "checkpoint", "folderfacts", "tables", "cli",
+              "chat", "engine", "engine.load", "engine.native", "evals", *EVERYWHERE}  # fmt: skip
+
+
+def modules():
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        yield path, parts[:-1] if parts[-1] == "__init__" else parts
+
+
+def top_level(tree):
+    """Statements that run when a module is imported: not the bodies of functions, nor what only type checkers see."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            continue
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield node
+            yield from top_level(node)
+
+
+def imports(path, parts, lazy):
+    """(module of ours or foreign package, line) of every import statement of a file."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    package = parts if path.name == "__init__.py" else parts[:-1]
+    for node in ast.walk(tree) if lazy else top_level(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name.split("."), node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                base = ["tritkit", *package[: len(package) - node.level + 1], *(node.module or "").split(".")]
+            else:
+                base = (node.module or "").split(".")
+            base = [b for b in base if b]
+            for alias in node.names:
+                yield [*base, alias.name], node.lineno
+
+
+def ours(path, parts, lazy=True):
+    for target, line in imports(path, parts, lazy):
+        if target[0] == "tritkit" and len(target) > 1:
+            yield target[1], line
+
+
+ALL = [(path, parts) for path, parts in modules() if parts]
+
+
+def test_every_module_has_a_place():
+    assert {parts[0] for _, parts in ALL} == set(FLOORS) | EVERYWHERE
+
+
+@pytest.mark.parametrize(("path", "parts"), ALL, ids=lambda v: ".".join(v) if isinstance(v, tuple) else "")
+def test_imports_point_down(path, parts):
+    own = FLOORS.get(parts[0])
+    for name, line in ours(path, parts):
+        if name in ("__version__", "_native") or name in EVERYWHERE:
+            continue
+        assert own is not None, f"{path}:{line}: {parts[0]} may be imported by anyone, so it may not import {name}"
+        assert name in FLOORS, f"{path}:{line}: {name} has no floor"
+        assert FLOORS[name] <= own, f"{path}:{line}: {parts[0]} (floor {own}) imports {name} (floor {FLOORS[name]})"
+
+
+def test_the_bottom_imports_nothing_of_ours():
+    for path, parts in ALL:
+        if parts[0] == "layouts":
+            assert {n for n, _ in ours(path, parts)} <= {"layouts"}, path
+            foreign = {t[0] for t, _ in imports(path, parts, lazy=True)} - {"tritkit", "__future__"}
+            assert foreign <= {"numpy", "abc", "dataclasses"}, path
+        if parts[0] == "formats":
+            assert {n for n, _ in ours(path, parts)} <= {"formats"}, path
+
+
+def test_torch_is_not_imported_on_the_way_to_running():
+    """At import, by itself; a test of the engine sees to the whole of a native run."""
+    for path, parts in ALL:
+        if ".".join(parts) in TORCH_FREE:
+            foreign = {t[0] for t, _ in imports(path, parts, lazy=False)}
+            assert not foreign & {"torch", "transformers"}, path
+
+
+def test_only_the_native_engine_names_the_extension():
+    for path, parts in ALL:
+        uses = [line for target, line in imports(path, parts, lazy=True) if "_native" in target]
+        assert not uses or parts[0] == "engine", f"{path}:{uses}"
