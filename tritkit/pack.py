@@ -15,7 +15,6 @@ from .formats import QTensor, format_of
 from .layouts import LAYOUTS, Packed, Unpacked
 from .tensorfile import StoredTensor
 
-
 PACKABLE = ("hf_autobitlinear", "binary_rows")  # layouts that the containers and the engines know so far
 
 
