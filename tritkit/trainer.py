@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import signal
 import statistics
+import threading
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,19 +121,35 @@ def train(
     that cannot work, TrainingStopped (state saved) on Ctrl-C, on a loss that is not finite and on a full disk.
     """
     out = Path(out)
-    if settings.train.threads:
-        torch.set_num_threads(settings.train.threads)
+    t, context = settings.train, settings.model.max_position_embeddings
+    if t.sequence_length > context:
+        raise ValueError(
+            f"train.sequence_length {t.sequence_length} is longer than the model's context, "
+            f"model.max_position_embeddings {context}"
+        )
+    _files(settings.data)  # a mistake should be found before --overwrite lets go of anything
+    if t.threads:
+        torch.set_num_threads(t.threads)
     state = TrainState(out / "training")
     state.claim(settings_file.dump(settings), overwrite)
     tokenizer, tokens, held_out = prepare(settings, out / "training")
     settings = dataclasses.replace(settings, model=settings.model.with_vocab(_padded(len(tokenizer))))
     run = _Run(settings, out, state, tokens, held_out, loss)
-    metrics = run.to_the_end()
-    save_model(out, run.model, settings.model, tokenizer)
-    with atomic_open(out / "tritkit.toml") as file:
-        file.write(settings_file.dump(settings))
-    results.record(out, "train", dataclasses.asdict(settings), metrics)
-    state.finish(keep_optimizer, out, run.optimizer, run.model)
+    try:
+        metrics = run.to_the_end()
+        save_model(out, run.model, settings.model, tokenizer)
+        with atomic_open(out / "tritkit.toml") as file:
+            file.write(settings_file.dump(settings))
+        results.record(out, "train", dataclasses.asdict(settings), metrics)
+        state.finish(keep_optimizer, out, run.optimizer, run.model)
+    except OSError as error:
+        raise TrainingStopped(
+            f"could not write to {out}: {error.strerror or error}; the last good checkpoint is that of step "
+            f"{state.last_step()}, and the same command goes on from there",
+            2,
+        ) from None
+    finally:
+        state.close()
     return metrics
 
 
@@ -140,17 +158,23 @@ def _padded(vocabulary: int) -> int:
     return -(-vocabulary // 64) * 64
 
 
-def prepare(settings: Settings, folder: Path) -> tuple[Tokenizer, Tokens, Tokens]:
-    """Tokenizer, training tokens and held-out tokens of the settings' text, kept under ``folder`` or data.cache."""
-    data = settings.data
+def _files(data: DataConfig) -> tuple[list[Path], list[Path]]:
+    """The files of training text and of held-out text; ValueError where there are none or they overlap."""
     if not data.sources:
         raise ValueError("there is no text to train on: give --data FILE, a folder or a glob")
-    folder = Path(data.cache) if data.cache else folder
-    folder.mkdir(parents=True, exist_ok=True)
     files = find_files(data.sources)
     val_files = find_files(data.val) if data.val else []
     if set(files) & set(val_files):
         raise ValueError(f"{sorted(set(files) & set(val_files))[0]} is both training and held-out text")
+    return files, val_files
+
+
+def prepare(settings: Settings, folder: Path) -> tuple[Tokenizer, Tokens, Tokens]:
+    """Tokenizer, training tokens and held-out tokens of the settings' text, kept under ``folder`` or data.cache."""
+    data = settings.data
+    files, val_files = _files(data)
+    folder = Path(data.cache) if data.cache else folder
+    folder.mkdir(parents=True, exist_ok=True)
 
     def training_texts():
         texts = documents(files, data.text_field)
@@ -161,8 +185,8 @@ def prepare(settings: Settings, folder: Path) -> tuple[Tokenizer, Tokens, Tokens
             return documents(val_files, data.text_field)
         return holdout(documents(files, data.text_field), data.val_share, held_out=True)
 
-    if data.tokenizer:
-        tokenizer = Tokenizer.load(data.tokenizer)
+    if data.tokenizer or settings.train.init:  # what is trained on keeps its vocabulary
+        tokenizer = Tokenizer.load(str(data.tokenizer or settings.train.init))
     else:
         key = text_key([*files, *val_files], f"{data.text_field} {settings.model.vocab_size} {data.val_share}", None)
         tokenizer = _own_tokenizer(folder / f"tokenizer-{key[:16]}", training_texts, settings.model.vocab_size)
@@ -195,11 +219,8 @@ class _Run:
     ):
         self.settings, self.out, self.state, self.loss = settings, out, state, loss
         t = settings.train
-        if t.sequence_length > settings.model.max_position_embeddings:
-            raise ValueError(
-                f"train.sequence_length {t.sequence_length} is longer than the model's context, "
-                f"model.max_position_embeddings {settings.model.max_position_embeddings}"
-            )
+        if len(held_out.ids) < 2:
+            raise ValueError("the held-out text is empty: give more text, --val or a larger data.val_share")
         self.device = choose_device(t.device)
         self.dtype = compute_dtype(t, self.device)
         self.batches = Batches(tokens.ids, t.sequence_length, t.batch_size, t.seed)
@@ -213,6 +234,7 @@ class _Run:
         compiled = torch.compile(loss) if t.compile else loss
         self.forward = lambda x, y: compiled(self.model, x, y)
         self.times: list[float] = []
+        self.whole = True  # whether weights, step and log belong together
 
     def autocast(self):
         on = self.dtype == torch.bfloat16
@@ -225,27 +247,26 @@ class _Run:
         eval_every = t.eval_every or max(t.steps // 10, 1)
         note, val = "", None
         try:
-            with progress(f"train {self.out.name}", t.steps * t.batch_size * t.sequence_length, "tokens") as advance:
+            total = t.steps * t.batch_size * t.sequence_length
+            with _late_interrupts() as asked, progress(f"train {self.out.name}", total, "tokens") as advance:
                 advance(self.step * t.batch_size * t.sequence_length) if self.step else None
                 while self.step < t.steps:
                     line = self.one_step()
                     if self.step % eval_every == 0 or self.step == t.steps:
                         val = line["val_loss"] = self.validate()
                     self.state.log(line)
+                    self.whole = True
                     if self.step % save_every == 0 and self.step < t.steps:
                         self.state.save(self.step, self.model, self.optimizer)
                     note = f"loss {line['loss']:.3f}" + (f" held-out {val:.3f}" if val is not None else "")
                     advance(t.batch_size * t.sequence_length, note)
+                    if asked():
+                        raise KeyboardInterrupt
         except KeyboardInterrupt:
-            self.state.save(self.step, self.model, self.optimizer)
+            if self.whole:
+                self.state.save(self.step, self.model, self.optimizer)
             raise TrainingStopped(
-                f"stopped after step {self.step} of {t.steps}; the same command goes on from there", 130
-            ) from None
-        except OSError as error:
-            raise TrainingStopped(
-                f"could not write to {self.out}: {error.strerror or error}; the last good checkpoint is that of step "
-                f"{self.state.last_step()}, and the same command goes on from there",
-                2,
+                f"stopped after step {self.state.last_step()} of {t.steps}; the same command goes on from there", 130
             ) from None
         self.state.save(self.step, self.model, self.optimizer)
         log = self.state.read_log()
@@ -284,6 +305,7 @@ class _Run:
                 f"with a lower learning rate (--optim.lr={o.lr / 2:g}) or a longer warm-up",
                 2,
             )
+        self.whole = False
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -309,6 +331,31 @@ class _Run:
             with self.autocast():
                 total += float(Transformer.loss(self.model, x.to(self.device), y.to(self.device))) * len(x)
         return total / windows
+
+
+@contextmanager
+def _late_interrupts() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C waits for the end of a step, where all that is saved belongs together; a second one does not wait.
+
+    Yields a function that says whether it was pressed. Only the main thread can take signals.
+    """
+    pressed = False
+
+    def note(number: int, frame: Any) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+        console().print("stopping after this step; Ctrl-C again stops at once")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 DEFAULT_SETTINGS = Path(__file__).parent / "bundled" / "default.toml"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import zlib
 from pathlib import Path
@@ -41,7 +42,7 @@ class TrainState:
         elif finished:
             raise ValueError(f"{self.folder.parent} already holds a trained model; give another folder, or --overwrite")
         self.folder.mkdir(parents=True, exist_ok=True)
-        for stale in self.folder.glob(".*.tmp"):
+        for stale in (*self.folder.glob(".*.tmp"), *self.folder.parent.glob(".*.tmp")):
             stale.unlink()
         before = self.folder / SETTINGS
         if self.checkpoints() and before.is_file() and before.read_text(encoding="utf-8") != settings:
@@ -62,10 +63,12 @@ class TrainState:
 
     def last_step(self) -> int:
         files = self.checkpoints()
-        return int(files[-1].stem.split("-")[1]) if files else 0
+        return _step_of(files[-1]) if files else 0
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Write the checkpoint of ``step`` and let go of old ones, in that order."""
+        if self._log is not None:
+            os.fsync(self._log.fileno())
         tensors = {**_model_tensors(model), **_optimizer_tensors(model, optimizer)}
         path = self.folder / f"step-{step:08d}.safetensors"
         if not path.is_file():
@@ -79,13 +82,16 @@ class TrainState:
         for path in reversed(self.checkpoints()):
             try:
                 file = _read_checked(path)
+                names = [f"{part}.{name}" for name, _ in model.named_parameters() for part in _parts(path)]
+                if file.metadata.get("step") != str(_step_of(path)) or any(name not in file for name in names):
+                    raise ValueError(f"{path.name} is damaged: its header does not fit its name")
             except ValueError as error:
                 console().print(f"warning: {error}; going on from the checkpoint before it")
                 path.unlink()
                 continue
             _load_model(file, model)
             _load_optimizer(file, model, optimizer)
-            step = int(file.metadata["step"])
+            step = _step_of(path)
             break
         kept = [entry for entry in self.read_log() if entry["step"] <= step]
         with atomic_open(self.log_file) as out:
@@ -103,14 +109,26 @@ class TrainState:
         self._log.write(json.dumps(entry) + "\n")
         self._log.flush()
 
-    def finish(self, keep_optimizer: bool, out: Path, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-        """The model is saved: keep or drop what only training needs."""
+    def close(self) -> None:
         if self._log is not None:
             self._log.close()
             self._log = None
+
+    def finish(self, keep_optimizer: bool, out: Path, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+        """The model is saved: keep or drop what only training needs."""
+        self.close()
         if keep_optimizer:
             _write_checked(out / "optimizer.safetensors", _optimizer_tensors(model, optimizer), {})
         shutil.rmtree(self.folder)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.stem.split("-")[1])
+
+
+def _parts(checkpoint: Path) -> tuple[str, ...]:
+    """What a checkpoint holds of every parameter."""
+    return ("param", "step", "exp_avg", "exp_avg_sq") if _step_of(checkpoint) else ("param",)
 
 
 def save_model(out: Path, model: nn.Module, config: ModelConfig, tokenizer: Tokenizer) -> None:
