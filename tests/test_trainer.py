@@ -100,7 +100,7 @@ KILLER = """
 import os, random, signal, sys, time
 from pathlib import Path
 from tritkit.trainer import load_settings, train
-import torch
+import torch, torch._dynamo  # here once: the optimiser would import it in every child
 torch.set_num_threads(1)
 settings, out = load_settings(sys.argv[1]), Path(sys.argv[2])
 chance = random.Random(int(sys.argv[3]))
