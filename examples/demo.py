@@ -44,7 +44,7 @@ def main(out: Path) -> None:
         tritkit("generate", "--prompt", PROMPT, "--max-tokens", "200", "--seed", "4")
     for name, title in MODELS.items():
         with Phase(f"train {title} from scratch"):
-            again = ("--overwrite",) if (out / name / "config.json").exists() else ()
+            again = ("--overwrite",) if (ROOT / out / name / "config.json").exists() else ()
             tritkit("train", f"configs/demo-{name}.toml", str(out / name), f"--data.cache={out / 'tokens'}", *again)
     folders = {"llama": str(out / "llama")}
     with Phase("pack the two low-bit models"):
@@ -62,7 +62,6 @@ def main(out: Path) -> None:
             for engine in ("native", "torch"):
                 tritkit("bench", folders[name], "--engine", engine)
     with Phase("compare"):
-        tritkit("inspect", folders["llama"])
         tritkit("compare", *folders.values())
     print("\nwall time by phase:")
     for name, seconds in phases:

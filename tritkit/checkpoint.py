@@ -7,7 +7,6 @@ per linear, as transformers' autobitlinear reads them (FACTS 5.3), or our own wh
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,16 +20,15 @@ from .models.config import ModelConfig, config_from_hf
 from .tensorfile import StoredTensor, TensorFile, write_tensors
 from .tokenizer import Tokenizer
 
-OWN_TYPE = "tritkit_bitnet"  # the model_type of what transformers cannot represent, so that it must refuse the folder
+OWN = "tritkit_"  # begins the model_type of what transformers cannot represent, so that it must refuse the folder
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
     "generation_config.json",
     "chat_template.jinja",
-    "tritkit.toml",
 )
 
-# What transformers itself runs as BitNet; everything else of ours goes under OWN_TYPE.
+# What transformers itself runs as BitNet; everything else gets a model_type of our own.
 HF_FORMATS = ("ternary", "a8")
 
 
@@ -81,15 +79,11 @@ class ModelFolder:
 
     def packed(self, name: str) -> Packed:
         """The stored arrays of a linear of a packed folder."""
-        arrays = {
-            key.removeprefix(name + "."): (t.float32() if key.endswith("weight_scale") else t.array)
-            for key, t in self.tensors.items()
-            if key.startswith(name + ".weight")
-        }
-        return Packed(arrays)
+        scale = self.tensors[f"{name}.weight_scale"].float32()
+        return Packed({"weight": self.tensors[f"{name}.weight"].array, "weight_scale": scale})
 
     def codes(self, name: str) -> Unpacked:
-        """Codes and scale of a linear of a packed folder."""
+        """Codes and scale of a linear of a packed folder; ValueError where the bytes are not what the layout says."""
         assert self.layout is not None
         return LAYOUTS[self.layout].unpack(self.packed(name), linear_shape(self.config, name))
 
@@ -107,8 +101,8 @@ class ModelFolder:
 
     def bits_per_weight(self) -> float:
         """Measured: bytes that the linears of the layers take in the file, scales included, over their weights."""
-        names = linear_names(self.config)
-        stored = sum(t.array.nbytes for key, t in self.tensors.items() if key.rsplit(".weight", 1)[0] in set(names))
+        names = set(linear_names(self.config))
+        stored = sum(t.array.nbytes for key, t in self.tensors.items() if key.rsplit(".weight", 1)[0] in names)
         return 8 * stored / sum(int(np.prod(linear_shape(self.config, name))) for name in names)
 
 
@@ -131,8 +125,7 @@ def open_folder(folder: Path | str) -> ModelFolder:
         raise ValueError(f"{folder} is no model folder: it has no config.json")
     hf = read_json(path / "config.json")
     weights, activations, layout = _formats_of(hf)
-    plain = {**hf, "model_type": "bitnet"} if hf.get("model_type") == OWN_TYPE else hf
-    config = config_from_hf(plain, weights, activations)
+    config = config_from_hf({**hf, "model_type": str(hf.get("model_type")).removeprefix(OWN)}, weights, activations)
     tensors = _tensor_files(path)
     for name in linear_names(config):
         if f"{name}.weight" not in tensors:
@@ -140,6 +133,8 @@ def open_folder(folder: Path | str) -> ModelFolder:
         found, wanted = tensors[f"{name}.weight"], linear_shape(config, name)
         if layout is None and found.array.shape != wanted:
             raise ValueError(f"{name}.weight has the shape {found.array.shape}, but config.json asks for {wanted}")
+        if layout is not None and f"{name}.weight_scale" not in tensors:
+            raise ValueError(f"{folder} has no tensor {name}.weight_scale, which the layout {layout} needs")
     return ModelFolder(path, config, hf, layout, tensors)
 
 
@@ -148,8 +143,12 @@ def _formats_of(hf: dict[str, Any]) -> tuple[str | None, str | None, str | None]
     q = hf.get("quantization_config")
     if q is None:
         return None, None, None
+    if not isinstance(q, dict):
+        raise ValueError(f"quantization_config of config.json is {q!r}, expected an object")
     method = q.get("quant_method")
     if method == "tritkit":
+        if q.get("layout") is not None and q["layout"] not in LAYOUTS:
+            raise ValueError(f"config.json has layout {q['layout']!r}; known are {', '.join(LAYOUTS)}")
         return q.get("weights"), q.get("activations"), q.get("layout")
     if method != "bitnet":
         raise ValueError(f"config.json has quant_method {method!r}; tritkit reads 'bitnet' and 'tritkit'")
@@ -163,6 +162,13 @@ def _formats_of(hf: dict[str, Any]) -> tuple[str | None, str | None, str | None]
     return "ternary", "a8", f"hf_{linear_class}"
 
 
+class _Shards(dict[str, StoredTensor]):
+    """The tensors of several files by name."""
+
+    def __missing__(self, name: str) -> StoredTensor:
+        raise ValueError(f"no file of this model has a tensor {name!r}")
+
+
 def _tensor_files(path: Path) -> Mapping[str, StoredTensor]:
     single = path / "model.safetensors"
     if single.is_file():
@@ -172,7 +178,7 @@ def _tensor_files(path: Path) -> Mapping[str, StoredTensor]:
         raise ValueError(f"{path} is no model folder: it has no model.safetensors")
     names = read_json(index).get("weight_map", {})
     files = {file: TensorFile(path / Path(file).name) for file in sorted(set(names.values()))}
-    return {name: files[file][name] for name, file in names.items()}
+    return _Shards({name: files[file][name] for name, file in names.items()})
 
 
 def write_folder(
@@ -196,7 +202,7 @@ def write_folder(
     if config.weights is not None:
         tree["quantization_config"] = _quantization_config(config, layout)
         if (config.weights, config.activations) != HF_FORMATS or layout not in (None, "hf_autobitlinear"):
-            tree["model_type"] = OWN_TYPE
+            tree["model_type"] = OWN + config.family
             tree["architectures"] = ["TritkitForCausalLM"]
     with atomic_open(path / "config.json") as file:
         json.dump(tree, file, indent=2)
@@ -217,7 +223,8 @@ def copy_companions(source: Path, target: Path) -> None:
     """The files beside the weights that belong to the model whatever its form."""
     for name in COMPANIONS:
         if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+            with atomic_open(target / name, "wb") as file:
+                file.write((source / name).read_bytes())
 
 
 def float_to_bf16(values: np.ndarray) -> np.ndarray:

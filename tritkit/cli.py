@@ -17,6 +17,11 @@ class UserParser(argparse.ArgumentParser):
     """One sentence and exit code 2 for a mistake, with the nearest right name where there is one."""
 
     def error(self, message: str) -> Any:
+        prefix = "unrecognized arguments: "
+        if message.startswith(prefix):
+            wrong = message.removeprefix(prefix).split()[0].partition("=")[0]
+            close = difflib.get_close_matches(wrong, self._option_string_actions, n=1)
+            message = f"{self.prog} does not know {wrong!r}" + (f"; did you mean {close[0]}?" if close else "")
         raise ValueError(f"{message} (see {self.prog} --help)")
 
 
@@ -41,15 +46,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"tritkit: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read our output has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
-        print(f"tritkit: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"tritkit: {where}{error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ntritkit: stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 def overview() -> str:
@@ -72,7 +78,13 @@ def parser_of(verb: str, description: str, example: str) -> Parser:
 
 def _engine_options(parser: Parser) -> None:
     parser.add_argument("--engine", choices=("native", "torch"), default="native", help="who runs it (default native)")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all usable cores)")
+    parser.add_argument("--threads", type=_threads, default=0, help="CPU threads (default: all usable cores)")
+
+
+def _threads(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of threads")
+    return int(text)
 
 
 def _sampling_options(parser: Parser) -> None:
@@ -117,7 +129,7 @@ def train(arguments: list[str]) -> int:
     parser.add_argument("--threads", help="CPU threads (default: all cores)")
     parser.add_argument("--keep-optimizer", action="store_true", help="keep its state, so that later runs train on")
     parser.add_argument("--overwrite", action="store_true", help="begin anew where OUT holds something")
-    options, rest = parser.parse_known_args(arguments)
+    options, rest = parser.parse_known_intermixed_args(arguments)
     overrides = _dotted(rest)
     short = {"data.text_field": options.text_field, "train.threads": options.threads}
     overrides |= {name: value for name, value in short.items() if value is not None}
@@ -197,8 +209,10 @@ def generate(arguments: list[str]) -> int:
     request = Request(options.prompt, options.max_tokens, _sampling(options), tuple(options.stop))
     model = load(options.model, options.engine, options.threads)
     timing = Timing()
-    print(options.prompt, end="", flush=True)
-    for piece in stream_text(model, request, timing):
+    pieces = stream_text(model, request, timing)
+    first = next(pieces, "")  # a prompt that is refused is not printed either
+    print(options.prompt + first, end="", flush=True)
+    for piece in pieces:
         print(piece, end="", flush=True)
     print()
     if not options.quiet:
@@ -241,7 +255,7 @@ def evaluate(arguments: list[str]) -> int:
         "eval",
         "Perplexity of a model, added to its results.json. Protocols: document (each document from BOS to EOS, with\n"
         "bits per byte), llama.cpp (second halves of chunks of 512), gptq (whole windows of 2048).",
-        "tritkit eval runs/mine --data wiki.test.txt --protocol llama.cpp --context 512",
+        "tritkit eval runs/mine --data wiki.test.txt --protocol llama.cpp",
     )
     parser.add_argument("model", nargs="?", metavar="MODEL", help="a model folder (none: the bundled model)")
     parser.add_argument("--data", action="append", default=[], help="text (default: the bundled held-out books)")

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from .checkpoint import ModelFolder, linear_names
+import numpy as np
+
+from .checkpoint import ModelFolder, linear_names, linear_shape
+
+SHARES = {"share_-1": -1, "share_0": 0, "share_+1": 1}
+PerLinear = dict[str, dict[str, Any]]
 
 
-def describe(folder: ModelFolder) -> dict[str, Any]:
-    """Measured sizes of a folder."""
+def describe(folder: ModelFolder, per_linear: PerLinear | None = None) -> dict[str, Any]:
+    """Measured sizes of a folder. per_linear: its ``code_shares``, where they are at hand."""
     return {
         "family": folder.config.family,
         "weights": folder.config.weights or "full",
@@ -16,23 +21,23 @@ def describe(folder: ModelFolder) -> dict[str, Any]:
         "parameters": folder.parameters(),
         "bits_per_weight": folder.bits_per_weight(),
         "file_bytes": folder.file_bytes(),
-        **shares(folder),
+        **shares(folder, code_shares(folder) if per_linear is None else per_linear),
     }
 
 
-def code_shares(folder: ModelFolder) -> dict[str, dict[str, float]]:
+def code_shares(folder: ModelFolder) -> PerLinear:
     """Share of each code of -1, 0, +1 in every linear of a packed folder."""
     found = {}
     for name in linear_names(folder.config) if folder.is_packed else ():
         codes = folder.codes(name).codes
-        found[name] = {f"share_{c:+d}" if c else "share_0": float((codes == c).mean()) for c in (-1, 0, 1)}
+        found[name] = {share: float((codes == code).mean()) for share, code in SHARES.items()}
     return found
 
 
-def shares(folder: ModelFolder) -> dict[str, float]:
+def shares(folder: ModelFolder, per_linear: PerLinear) -> dict[str, float]:
     """The same over all linears together."""
-    per_linear = code_shares(folder)
-    sizes = {name: folder.codes(name).codes.size for name in per_linear}
+    if not per_linear:
+        return {}
+    sizes = {name: int(np.prod(linear_shape(folder.config, name))) for name in per_linear}
     total = sum(sizes.values())
-    keys = ("share_-1", "share_0", "share_+1")
-    return {k: sum(per_linear[n][k] * sizes[n] for n in sizes) / total for k in keys} if total else {}
+    return {share: sum(per_linear[n][share] * sizes[n] for n in sizes) / total for share in SHARES}

@@ -47,6 +47,13 @@ class Linear(nn.Linear):
         return x
 
 
+def run_on_integers(weights: Format, activations: Format) -> bool:
+    """Whether a product in these formats is one of int8 codes: one weight scale, one scale a token, no offset."""
+    shared = weights.group == "tensor" and activations.group == "row"
+    narrow = weights.fits_int8 and activations.fits_int8
+    return shared and narrow and not (weights.has_offset or activations.has_offset)
+
+
 class BitLinear(Linear):
     """A linear that trains with quantised weights and activations and keeps latent full-precision weights.
 
@@ -64,12 +71,8 @@ class BitLinear(Linear):
 
     @property
     def is_integer(self) -> bool:
-        """Whether the product can run on int8 codes: one weight scale, one scale a token, no offset."""
-        shared = self.weights.group == "tensor" and self.activations.group == "row"
-        narrow = self.weights.fits_int8 and self.activations.fits_int8
-        return (
-            self.strength == 1.0 and shared and narrow and not (self.weights.has_offset or self.activations.has_offset)
-        )
+        """Whether the product runs on int8 codes now."""
+        return self.strength == 1.0 and run_on_integers(self.weights, self.activations)
 
     def prepare(self, x: Tensor) -> Tensor | Codes:
         if not self.is_integer:
@@ -139,6 +142,10 @@ class PackedLinear(nn.Module):
 
     def __init__(self, codes: Tensor, scale: Tensor, activations: Format, bias: Tensor | None = None):
         super().__init__()
+        if activations.group != "row" or activations.has_offset or not activations.fits_int8:
+            raise ValueError(
+                f"packed weights run on int8 activations with one scale a token, not on {activations.name}"
+            )
         self.codes, self.scale, self.bias = nn.Buffer(codes), nn.Buffer(scale), bias
         self.activations = activations
         self.out_features, self.in_features = codes.shape

@@ -28,6 +28,12 @@ class OptimConfig:
             raise ValueError(f"optim.schedule is {self.schedule!r}; known are 'two-stage' and 'linear'")
         if not self.lr > 0:
             raise ValueError(f"optim.lr must be above 0, not {self.lr}")
+        for name in ("lr_2", "warmup_steps", "weight_decay", "clip"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"optim.{name} must be at least 0, not {getattr(self, name)}")
+        for name in ("beta_1", "beta_2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optim.{name} must be from 0 up to, but not, 1; it is {getattr(self, name)}")
 
     def second_stage(self, step: int, steps: int) -> bool:
         return self.schedule == "two-stage" and 2 * step >= steps

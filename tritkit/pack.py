@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ import torch
 
 from . import results
 from .checkpoint import ModelFolder, copy_companions, linear_names, open_folder, unpacked_tensors, write_folder
+from .files import atomic_open
 from .folderfacts import code_shares, describe
 from .formats import QTensor, format_of
+from .layers import run_on_integers
 from .layouts import LAYOUTS, Packed, Unpacked
+from .progress import progress
 from .tensorfile import StoredTensor
 
 PACKABLE = ("hf_autobitlinear", "binary_rows")  # layouts that the containers and the engines know so far
@@ -30,14 +34,20 @@ def pack_linears(folder: ModelFolder) -> tuple[dict[str, Packed], str]:
     format = format_of(str(folder.config.weights))
     if format.layout not in PACKABLE:
         raise ValueError(f"weights in {format.name} cannot be packed yet; ternary and binary ones can")
+    activations = folder.config.activations
+    if not run_on_integers(format, format_of(str(activations))):
+        raise ValueError(f"activations in {activations} cannot run on packed weights; int8 ones a token can")
     layout = LAYOUTS[format.layout]
     found = {}
-    for name in linear_names(folder.config):
-        latent = torch.from_numpy(folder.tensors[f"{name}.weight"].float32())
-        try:
-            found[name] = layout.pack(unpacked(format.quantize(latent)))
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+    names = linear_names(folder.config)
+    with progress(f"pack {folder.path.name}", len(names), "linears") as advance:
+        for name in names:
+            latent = torch.from_numpy(folder.tensors[f"{name}.weight"].float32())
+            try:
+                found[name] = layout.pack(unpacked(format.quantize(latent)))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+            advance()
     return found, format.layout
 
 
@@ -54,6 +64,8 @@ def pack(source: Path | str, out: Path | str, dtype: str = "bfloat16", overwrite
         raise ValueError(f"{source} is a full-precision model: there are no low-bit weights to pack")
     if folder.is_packed:
         raise ValueError(f"{source} is packed already, in the layout {folder.layout}")
+    if out.resolve() == folder.path.resolve():
+        raise ValueError(f"{out} is the model itself, whose latent weights would be lost; give another folder")
     if (out / "config.json").exists() and not overwrite:
         raise ValueError(f"{out} already holds a model; give another folder, or --overwrite")
     packed, layout = pack_linears(folder)
@@ -68,7 +80,11 @@ def pack(source: Path | str, out: Path | str, dtype: str = "bfloat16", overwrite
     for name, linear in packed.items():  # verify after write
         if not all(np.array_equal(a, written.packed(name).arrays[k]) for k, a in linear.arrays.items()):
             raise OSError(f"{out} does not hold what was written to it: {name} differs")
-    metrics = describe(written)
-    before = results.latest(source)
-    results.record(out, "pack", {"source": str(source), "layout": layout}, {**before, **metrics}, code_shares(written))
+    per_linear = code_shares(written)
+    metrics = describe(written, per_linear)
+    with atomic_open(out / "tritkit.toml") as file:
+        file.write(f"[pack]\nparent = {json.dumps(str(source))}\ndtype = {json.dumps(dtype)}\n")
+    trained = [run["metrics"] for run in results.read(source) if run["verb"] == "train"]  # what packing does not change
+    settings = {"parent": str(source), "layout": layout, "dtype": dtype}
+    results.record(out, "pack", settings, {**(trained[-1] if trained else {}), **metrics}, per_linear, begins=True)
     return metrics

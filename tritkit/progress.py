@@ -20,11 +20,11 @@ def console() -> Console:
 
 
 @contextmanager
-def progress(title: str, total: float, unit: str = "", every: float = 30.0) -> Iterator[Advance]:
-    """Yields advance(amount, note=""); shows done, rate and time left."""
+def progress(title: str, total: float, unit: str = "", done: float = 0.0, every: float = 30.0) -> Iterator[Advance]:
+    """Yields advance(amount, note=""); shows done, rate and time left. ``done``: what an earlier run did already."""
     screen = console()
     if not screen.is_terminal:
-        yield _Lines(title, total, unit, every, screen)
+        yield _Lines(title, total, unit, done, every, screen)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -37,14 +37,14 @@ def progress(title: str, total: float, unit: str = "", every: float = 30.0) -> I
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=screen, speed_estimate_period=60) as bar:
-        task = bar.add_task(title, total=total, rate="", note="")
+        task = bar.add_task(title, total=total, completed=int(done), rate="", note="")
         start = time.monotonic()
-        done = 0.0
+        here = 0.0  # what this process did: the rate is of that alone
 
         def advance(amount: float = 1, note: str = "") -> None:
-            nonlocal done
-            done += amount
-            rate = done / max(time.monotonic() - start, 1e-9)
+            nonlocal here
+            here += amount
+            rate = here / max(time.monotonic() - start, 1e-9)
             fields: dict[str, Any] = {"note": note} if note else {}
             bar.update(task, advance=amount, rate=_rate(rate, unit), **fields)
 
@@ -54,17 +54,17 @@ def progress(title: str, total: float, unit: str = "", every: float = 30.0) -> I
 class _Lines:
     """The same for a log file: one line every so many seconds and one at the end."""
 
-    def __init__(self, title: str, total: float, unit: str, every: float, screen: Console):
+    def __init__(self, title: str, total: float, unit: str, done: float, every: float, screen: Console):
         self.title, self.total, self.unit, self.every, self.screen = title, total, unit, every, screen
         self.start = self.shown = time.monotonic()
-        self.done = 0.0
+        self.before = self.done = done
 
     def __call__(self, amount: float = 1, note: str = "") -> None:
         self.done = min(self.done + amount, self.total)  # totals may be guesses
         now = time.monotonic()
         if now - self.shown >= self.every or self.done >= self.total:
             self.shown = now
-            rate = self.done / max(now - self.start, 1e-9)
+            rate = (self.done - self.before) / max(now - self.start, 1e-9)
             left = (self.total - self.done) / max(rate, 1e-9)
             share = self.done / max(self.total, 1e-9)
             line = f"{self.title}: {share:.0%} {_rate(rate, self.unit)}, {left:.0f} s left {note}"

@@ -29,8 +29,12 @@ def record(
     settings: dict[str, Any],
     metrics: dict[str, Any],
     per_linear: dict[str, dict[str, Any]] | None = None,
+    begins: bool = False,
 ) -> dict[str, Any]:
-    """Append one run to folder/results.json atomically and return it. Metrics are numbers, strings or None."""
+    """Append one run to folder/results.json atomically and return it. Metrics are numbers, strings or None.
+
+    begins: this run made the model, so what the folder held of an older one moves to results.previous.json.
+    """
     from . import __version__
     from .files import atomic_open
 
@@ -43,7 +47,9 @@ def record(
         "metrics": metrics,
         "per_linear": per_linear or {},
     }
-    runs = [*read(folder), run]
+    runs = [*([] if begins else read(folder)), run]
+    if begins and (Path(folder) / "results.json").is_file():
+        os.replace(Path(folder) / "results.json", Path(folder) / "results.previous.json")
     with atomic_open(Path(folder) / "results.json") as file:
         json.dump({"schema": SCHEMA, "runs": runs}, file, indent=1)
         file.write("\n")
@@ -86,8 +92,8 @@ def check(tree: Any, path: Path | str = "results.json") -> None:
 
 
 def latest(folder: Path | str) -> dict[str, Any]:
-    """The newest value of every metric of a folder, over all its runs."""
+    """The newest value of every metric of a folder, over all its runs; what a run could not say changes nothing."""
     merged: dict[str, Any] = {}
     for run in read(folder):
-        merged.update(run["metrics"])
+        merged.update({name: value for name, value in run["metrics"].items() if value is not None})
     return merged

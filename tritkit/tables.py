@@ -40,10 +40,16 @@ MAIN: dict[str, tuple[str, Callable[[Any], str]]] = {
     "train_loss": ("training loss, last 50 steps", lambda v: f"{v:.3f}"),
     "val_loss": ("validation loss", lambda v: f"{v:.3f}"),
     "val_perplexity": ("validation perplexity", lambda v: f"{v:.2f}"),
-    "document_perplexity": ("perplexity, held-out books (document)", lambda v: f"{v:.2f}"),
-    "llama_cpp_perplexity": ("perplexity (llama.cpp)", lambda v: f"{v:.2f}"),
-    "gptq_perplexity": ("perplexity (gptq)", lambda v: f"{v:.2f}"),
-    "bits_per_byte": ("bits per byte, held-out books", lambda v: f"{v:.3f}"),
+    **{
+        f"{protocol}_{name}": (label.format(protocol.replace("_", ".")), write)
+        for protocol in ("document", "llama_cpp", "gptq")
+        for name, label, write in (
+            ("text", "evaluated on ({})", str),
+            ("tokens", "tokens scored ({})", _count),
+            ("perplexity", "perplexity ({})", lambda v: f"{v:.2f}"),
+        )
+    },
+    "bits_per_byte": ("bits per byte (document)", lambda v: f"{v:.3f}"),
     "share_-1": ("share of -1", _share),
     "share_0": ("share of 0", _share),
     "share_+1": ("share of +1", _share),
@@ -57,12 +63,20 @@ MAIN: dict[str, tuple[str, Callable[[Any], str]]] = {
 }
 
 
+def _cell(metrics: dict[str, Any], name: str) -> str:
+    """A metric as people read it, with its standard error where one was measured."""
+    if metrics.get(name) is None:
+        return "-"
+    _, write = MAIN.get(name, (name, _number))
+    error = metrics.get(f"{name}_error", metrics.get(f"{name}_sd"))
+    return write(metrics[name]) + (f" ± {error:.2g}" if error is not None and name.endswith("perplexity") else "")
+
+
 def print_metrics(title: str, metrics: dict[str, Any]) -> None:
     table = Table(title=title, title_justify="left", show_header=False)
     for name, value in metrics.items():
-        label, write = MAIN.get(name, (name, _number))
-        if value is not None:
-            table.add_row(label, write(value))
+        if value is not None and not name.endswith("_error"):
+            table.add_row(MAIN.get(name, (name,))[0], _cell(metrics, name))
     Console().print(table)
 
 
@@ -86,9 +100,7 @@ def print_comparison(folders: list[str], every: bool, as_json: bool) -> None:
         table.add_column(Path(folder).name, justify="right")
     for name in known:
         if any(column.get(name) is not None for column in columns.values()):
-            label, write = MAIN.get(name, (name, _number))
-            cells = ["-" if c.get(name) is None else write(c[name]) for c in columns.values()]
-            table.add_row(label, *cells)
+            table.add_row(MAIN.get(name, (name,))[0], *(_cell(c, name) for c in columns.values()))
     Console().print(table)
 
 

@@ -6,7 +6,7 @@ Imports no torch. A tokenizer is read from and written to a model folder: tokeni
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ class Tokenizer:
         return cls(inner, config)
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int, show_progress: bool = False) -> Tokenizer:
+    def train(cls, texts: Iterable[str], vocab_size: int, advance: Callable[[int], None] = lambda n: None) -> Tokenizer:
         """Byte-level BPE over ``texts`` with GPT-2's pre-tokeniser, a begin-of-text and an end-of-text token."""
         if vocab_size < 256 + 2:
             raise ValueError(
@@ -68,9 +68,9 @@ class Tokenizer:
             vocab_size=vocab_size,
             special_tokens=[BOS, EOS],
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-            show_progress=show_progress,
+            show_progress=False,
         )
-        inner.train_from_iterator(_pieces(texts), trainer)
+        inner.train_from_iterator(_told(_pieces(texts), advance), trainer)
         bos = inner.token_to_id(BOS)
         inner.post_processor = processors.TemplateProcessing(
             single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, bos)]
@@ -118,6 +118,12 @@ class Tokenizer:
         rest = self.decode(held)[len(shown) :]
         if rest:
             yield rest
+
+
+def _told(pieces: Iterable[str], advance: Callable[[int], None]) -> Iterator[str]:
+    for piece in pieces:
+        yield piece
+        advance(len(piece.encode()))
 
 
 def _pieces(texts: Iterable[str], size: int = 1 << 16) -> Iterator[str]:

@@ -12,6 +12,7 @@ import signal
 import statistics
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -23,8 +24,11 @@ from torch import Tensor
 
 from . import config as settings_file
 from . import results
+from .checkpoint import open_folder
 from .data import Batches, Tokens, documents, find_files, holdout, text_key, text_size, tokenize
 from .files import atomic_open
+from .folderfacts import describe
+from .layers import linear_for
 from .memory import peak_memory_mib
 from .models.config import ModelConfig
 from .models.transformer import Transformer, build
@@ -38,7 +42,8 @@ LossFunction = Callable[[Transformer, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where text comes from. Held-out documents are never trained on."""
+    """Where text comes from. What is held out for validation is never trained on: whole documents, or the tail of
+    each where there are fewer than 50."""
 
     sources: tuple[str, ...] = ()  # files, folders, globs: .txt .txt.xz .txt.gz .txt.zst .jsonl
     text_field: str = "text"  # of .jsonl
@@ -65,9 +70,12 @@ class TrainConfig:
     threads: int = 0  # CPU threads; 0: torch's choice
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "sequence_length"):
+        for name in ("steps", "batch_size", "sequence_length", "eval_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("micro_batch", "eval_every", "save_every", "threads", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"train.{name} must be at least 0, not {getattr(self, name)}")
         if self.micro_batch and self.batch_size % self.micro_batch:
             raise ValueError(f"train.micro_batch {self.micro_batch} does not divide train.batch_size {self.batch_size}")
         if self.dtype not in ("auto", "float32", "bfloat16"):
@@ -92,6 +100,10 @@ class TrainingStopped(Exception):
         self.code = code
 
 
+class LossNotFinite(TrainingStopped, ValueError):
+    """The loss or its gradient is not a number: the settings are at fault, the last good checkpoint is intact."""
+
+
 def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     """bfloat16 where there are units for it: emulated, it was measured 4.5 times slower than float32 on a CPU."""
     if config.dtype != "auto":
@@ -104,7 +116,15 @@ def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
 
 
 def choose_device(name: str) -> torch.device:
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    """The torch device of a setting; ValueError for one that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"train.device is {name!r}, which this torch or this machine does not have") from None
+    return device
 
 
 def train(
@@ -118,7 +138,7 @@ def train(
     """Train a model into the folder ``out`` and return the metrics that were added to its results.json.
 
     Goes on from the last checkpoint where ``out`` has one of the same settings. Raises ValueError for settings or text
-    that cannot work, TrainingStopped (state saved) on Ctrl-C, on a loss that is not finite and on a full disk.
+    that cannot work, LossNotFinite (a ValueError too), TrainingStopped (state saved) on Ctrl-C and on a full disk.
     """
     out = Path(out)
     t, context = settings.train, settings.model.max_position_embeddings
@@ -127,34 +147,38 @@ def train(
             f"train.sequence_length {t.sequence_length} is longer than the model's context, "
             f"model.max_position_embeddings {context}"
         )
-    _files(settings.data)  # a mistake should be found before --overwrite lets go of anything
+    _files(settings.data)  # mistakes are found before hours of work, and before --overwrite lets go of anything
+    linear_for(settings.model.weights, settings.model.activations)
+    choose_device(t.device)
     if t.threads:
         torch.set_num_threads(t.threads)
     state = TrainState(out / "training")
-    state.claim(settings_file.dump(settings), overwrite)
-    tokenizer, tokens, held_out = prepare(settings, out / "training")
-    settings = dataclasses.replace(settings, model=settings.model.with_vocab(_padded(len(tokenizer))))
-    run = _Run(settings, out, state, tokens, held_out, loss)
     try:
-        metrics = run.to_the_end()
-        save_model(out, run.model, settings.model, tokenizer)
-        with atomic_open(out / "tritkit.toml") as file:
-            file.write(settings_file.dump(settings))
-        results.record(out, "train", dataclasses.asdict(settings), metrics)
-        state.finish(keep_optimizer, out, run.optimizer, run.model)
-    except OSError as error:
-        raise TrainingStopped(
-            f"could not write to {out}: {error.strerror or error}; the last good checkpoint is that of step "
-            f"{state.last_step()}, and the same command goes on from there",
-            2,
-        ) from None
+        state.claim(settings_file.dump(settings), overwrite)
+        tokenizer, tokens, held_out = prepare(settings, out / "training")
+        config = settings.model.with_vocab(_padded(len(tokenizer)))
+        run = _Run(dataclasses.replace(settings, model=config), out, state, tokens, held_out, loss)
+        try:
+            metrics = run.to_the_end()
+            save_model(out, run.model, config, tokenizer)
+            with atomic_open(out / "tritkit.toml") as file:
+                file.write(settings_file.dump(settings))
+            metrics = {**describe(open_folder(out)), **metrics}
+            results.record(out, "train", dataclasses.asdict(settings), metrics, begins=True)
+            state.finish(keep_optimizer, out, run.optimizer, run.model)
+        except OSError as error:
+            raise TrainingStopped(
+                f"could not write to {out}: {error.strerror or error}; {state.last_good()}, and the same command goes "
+                "on from there",
+                2,
+            ) from None
     finally:
         state.close()
     return metrics
 
 
 def _padded(vocabulary: int) -> int:
-    """Rows of the embedding: a multiple of 64, which every kernel likes; rows beyond the vocabulary are never used."""
+    """Rows of the embedding: a multiple of 64, which every kernel likes. Generation never draws those beyond it."""
     return -(-vocabulary // 64) * 64
 
 
@@ -189,23 +213,24 @@ def prepare(settings: Settings, folder: Path) -> tuple[Tokenizer, Tokens, Tokens
         tokenizer = Tokenizer.load(str(data.tokenizer or settings.train.init))
     else:
         key = text_key([*files, *val_files], f"{data.text_field} {settings.model.vocab_size} {data.val_share}", None)
-        tokenizer = _own_tokenizer(folder / f"tokenizer-{key[:16]}", training_texts, settings.model.vocab_size)
+        size = sum(text_size(f) for f in files)
+        tokenizer = _own_tokenizer(folder / f"tokenizer-{key[:16]}", training_texts, settings.model.vocab_size, size)
     streams = []
     for name, texts in (("train", training_texts), ("val", held_out_texts)):
         key = text_key([*files, *val_files], f"{data.text_field} {data.val_share} {name}", tokenizer)
-        size = sum(text_size(f) for f in (val_files if name == "val" and val_files else files)) / 1e6
-        size *= data.val_share if name == "val" and not val_files else 1
-        with progress(f"tokens ({name})", size, "MB") as advance:
+        megabytes = sum(text_size(f) for f in (val_files if name == "val" and val_files else files)) / 1e6
+        megabytes *= data.val_share if name == "val" and not val_files else 1
+        with progress(f"tokens ({name})", megabytes, "MB") as advance:
             path = folder / f"{name}-{key[:16]}"
             streams.append(tokenize(texts(), tokenizer, path, key, lambda n: advance(n / 1e6)))
     return tokenizer, streams[0], streams[1]
 
 
-def _own_tokenizer(folder: Path, texts: Callable, vocab_size: int) -> Tokenizer:
+def _own_tokenizer(folder: Path, texts: Callable, vocab_size: int, size: int) -> Tokenizer:
     if (folder / "tokenizer_config.json").is_file():
         return Tokenizer.load(folder)
-    console().print(f"tokenizer: learning {vocab_size} byte-level BPE tokens")
-    tokenizer = Tokenizer.train(texts(), vocab_size)
+    with progress(f"tokenizer of {vocab_size}", size / 1e6, "MB") as advance:
+        tokenizer = Tokenizer.train(texts(), vocab_size, lambda n: advance(n / 1e6))
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder)
     return tokenizer
@@ -230,6 +255,7 @@ class _Run:
         self.optimizer = make_optimizer(self.model, settings.optim)
         if t.init:
             read_latent(Path(t.init), self.model, self.optimizer, settings.model)
+        state.text = str(zlib.crc32(tokens.ids.view("uint8").data))
         self.step = state.resume(self.model, self.optimizer)
         compiled = torch.compile(loss) if t.compile else loss
         self.forward = lambda x, y: compiled(self.model, x, y)
@@ -247,9 +273,8 @@ class _Run:
         eval_every = t.eval_every or max(t.steps // 10, 1)
         note, val = "", None
         try:
-            total = t.steps * t.batch_size * t.sequence_length
-            with _late_interrupts() as asked, progress(f"train {self.out.name}", total, "tokens") as advance:
-                advance(self.step * t.batch_size * t.sequence_length) if self.step else None
+            total, done = (n * t.batch_size * t.sequence_length for n in (t.steps, self.step))
+            with _late_interrupts() as asked, progress(f"train {self.out.name}", total, "tokens", done) as advance:
                 while self.step < t.steps:
                     line = self.one_step()
                     if self.step % eval_every == 0 or self.step == t.steps:
@@ -265,9 +290,8 @@ class _Run:
         except KeyboardInterrupt:
             if self.whole:
                 self.state.save(self.step, self.model, self.optimizer)
-            raise TrainingStopped(
-                f"stopped after step {self.state.last_step()} of {t.steps}; the same command goes on from there", 130
-            ) from None
+            message = f"stopped after step {self.state.last_step()} of {t.steps}; the same command goes on from there"
+            raise TrainingStopped(message, 130) from None
         self.state.save(self.step, self.model, self.optimizer)
         log = self.state.read_log()
         val = val if val is not None else log[-1].get("val_loss")
@@ -299,10 +323,10 @@ class _Run:
             total += float(loss.detach())
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), o.clip or math.inf)
         if not (math.isfinite(total) and math.isfinite(float(norm))):
-            raise TrainingStopped(
+            raise LossNotFinite(
                 f"the loss of step {self.step + 1} is not a number (loss {total}, gradient norm {float(norm):.3g}); "
-                f"the last good checkpoint is that of step {self.state.last_step()}: start again into another folder "
-                f"with a lower learning rate (--optim.lr={o.lr / 2:g}) or a longer warm-up",
+                f"{self.state.last_good()}: start again into another folder with a lower learning rate "
+                f"(--optim.lr={o.lr / 2:g}) or a longer warm-up",
                 2,
             )
         self.whole = False

@@ -22,6 +22,17 @@ from .tokenizer import Tokenizer
 
 KEPT = 2  # checkpoints; the one before the last is the fallback where the last is damaged
 SETTINGS = "settings.toml"
+WRITTEN = (  # what a run writes into the model folder itself
+    "model.safetensors",
+    "optimizer.safetensors",
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tritkit.toml",
+    "results.json",
+    "log.jsonl",
+)
 
 
 class TrainState:
@@ -30,19 +41,22 @@ class TrainState:
     def __init__(self, folder: Path):
         self.folder = folder
         self.log_file = folder.parent / "log.jsonl"
+        self.text = ""  # says which tokens it trains on: those of a checkpoint must be the same
         self._log: Any = None
+        self._lock: Any = None
 
     def claim(self, settings: str, overwrite: bool) -> None:
-        """Make the folder this run's own. ValueError where it holds a finished model or other settings."""
-        finished = (self.folder.parent / "config.json").is_file() and not self.checkpoints()
-        if overwrite:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            for name in ("log.jsonl", "config.json", "model.safetensors", "optimizer.safetensors"):
-                (self.folder.parent / name).unlink(missing_ok=True)
-        elif finished:
-            raise ValueError(f"{self.folder.parent} already holds a trained model; give another folder, or --overwrite")
+        """Make the folder this run's own. ValueError where it holds a finished model or other settings, or where
+        another run is at work in it. A finished model is only replaced when the new one is finished too."""
+        out = self.folder.parent
+        if (out / "config.json").is_file() and not self.checkpoints() and not overwrite:
+            raise ValueError(f"{out} already holds a trained model; give another folder, or --overwrite")
         self.folder.mkdir(parents=True, exist_ok=True)
-        for stale in (*self.folder.glob(".*.tmp"), *self.folder.parent.glob(".*.tmp")):
+        self._lock = _lock(self.folder)
+        if overwrite:
+            for old in self.checkpoints():
+                old.unlink()
+        for stale in (*self.folder.glob(".*.tmp"), *(f for name in WRITTEN for f in out.glob(f".{name}.*.tmp"))):
             stale.unlink()
         before = self.folder / SETTINGS
         if self.checkpoints() and before.is_file() and before.read_text(encoding="utf-8") != settings:
@@ -65,6 +79,12 @@ class TrainState:
         files = self.checkpoints()
         return _step_of(files[-1]) if files else 0
 
+    def last_good(self) -> str:
+        """For the sentence that tells of a stop."""
+        return (
+            f"the last good checkpoint is that of step {self.last_step()}" if self.checkpoints() else "nothing was lost"
+        )
+
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Write the checkpoint of ``step`` and let go of old ones, in that order."""
         if self._log is not None:
@@ -72,7 +92,7 @@ class TrainState:
         tensors = {**_model_tensors(model), **_optimizer_tensors(model, optimizer)}
         path = self.folder / f"step-{step:08d}.safetensors"
         if not path.is_file():
-            _write_checked(path, tensors, {"step": str(step)})
+            _write_checked(path, tensors, {"step": str(step), "text": self.text})
         for old in self.checkpoints()[:-KEPT]:
             old.unlink()
 
@@ -86,9 +106,15 @@ class TrainState:
                 if file.metadata.get("step") != str(_step_of(path)) or any(name not in file for name in names):
                     raise ValueError(f"{path.name} is damaged: its header does not fit its name")
             except ValueError as error:
-                console().print(f"warning: {error}; going on from the checkpoint before it")
+                before = "the checkpoint before it" if len(self.checkpoints()) > 1 else "the start"
+                console().print(f"warning: {error}; going on from {before}")
                 path.unlink()
                 continue
+            if file.metadata.get("text") != self.text:
+                raise ValueError(
+                    f"{self.folder.parent} was begun on other text than this; give the text as it was, another folder, "
+                    "or --overwrite to begin anew"
+                )
             _load_model(file, model)
             _load_optimizer(file, model, optimizer)
             step = _step_of(path)
@@ -110,16 +136,34 @@ class TrainState:
         self._log.flush()
 
     def close(self) -> None:
-        if self._log is not None:
-            self._log.close()
-            self._log = None
+        """Let go of the log and of the lock."""
+        for file in (self._log, self._lock):
+            if file is not None:
+                file.close()
+        self._log = self._lock = None
 
     def finish(self, keep_optimizer: bool, out: Path, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         """The model is saved: keep or drop what only training needs."""
         self.close()
+        (out / "optimizer.safetensors").unlink(missing_ok=True)  # of a model that stood here before
         if keep_optimizer:
             _write_checked(out / "optimizer.safetensors", _optimizer_tensors(model, optimizer), {})
         shutil.rmtree(self.folder)
+
+
+def _lock(folder: Path) -> Any:
+    """An open file that no other process can lock, so that two runs never write into one folder."""
+    file = (folder / "lock").open("w")
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # no such locks on this system
+        pass
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"another run is training into {folder.parent}") from None
+    return file
 
 
 def _step_of(checkpoint: Path) -> int:
@@ -176,9 +220,8 @@ def _load_optimizer(file: TensorFile, model: nn.Module, optimizer: torch.optim.O
     for name, p in model.named_parameters():
         keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{name}" in file]
         if keys:
-            optimizer.state[p] = {
-                k: torch.from_numpy(file[f"{k}.{name}"].float32()).to(p.device if k != "step" else "cpu") for k in keys
-            }
+            # The fused Adam wants its step count on the parameter's device, too.
+            optimizer.state[p] = {k: torch.from_numpy(file[f"{k}.{name}"].float32()).to(p.device) for k in keys}
 
 
 def _write_checked(path: Path, tensors: dict[str, StoredTensor], metadata: dict[str, str]) -> None:

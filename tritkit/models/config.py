@@ -43,6 +43,8 @@ class ModelConfig:
         for name in (*SIZES, "num_key_value_heads", "max_position_embeddings"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} must be at least 1, not {getattr(self, name)}")
+        if self.activations is not None and self.weights is None:
+            raise ValueError(f"model.activations is {self.activations!r}, but model.weights names no format")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"model.hidden_size {self.hidden_size} is no multiple of model.num_attention_heads "
