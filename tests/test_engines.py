@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from tritkit.checkpoint import open_folder
+from tritkit.data import documents
 from tritkit.engine import Job
-from tritkit.engine.load import load
+from tritkit.engine.load import bundled_folder, load
+from tritkit.evals.perplexity import held_out_text
 from tritkit.pack import pack
 
 MEDIAN_LOGIT, MEAN_KL, TOP_1 = 1e-5, 1e-5, 0.999
@@ -125,15 +127,83 @@ def test_engines_agree_on_the_interface(make_folder, tokens):
     assert (outcomes[0][2][:3] == 0).all() and (outcomes[0][2][3:] > 0).all()
 
 
+STEP_MISTAKES = {
+    "no tokens": (lambda a: [Job(a, np.zeros(0, np.int32))], "without tokens"),
+    "floats": (lambda a: [Job(a, np.array([1.0]))], "tokens of sequence 0 are float64"),
+    "two dimensions": (lambda a: [Job(a, np.ones((1, 2), np.int32))], "2 dimensions"),
+    "below zero": (lambda a: [Job(a, np.array([-1]))], "token -1 of sequence 0 is outside the vocabulary of 320"),
+    "too large": (lambda a: [Job(a, np.array([1, 320]))], "token 320 of sequence 0 is outside the vocabulary of 320"),
+    "past int32": (lambda a: [Job(a, np.array([2**32 + 1]))], "token 4294967297"),
+    "too long": (lambda a: [Job(a, np.ones(124, np.int32))], "129 tokens, more than the context length of 128"),
+    "unknown want": (lambda a: [Job(a, np.array([1]), "most")], "want is 'most', expected one of none, last, all, nll"),
+    "no targets": (lambda a: [Job(a, np.array([1]), "nll")], "want is 'nll' but targets is None"),
+    "few targets": (lambda a: [Job(a, np.array([1, 2]), "nll", np.array([1]))], r"shape \[1\], expected \[2\]"),
+    "target -2": (lambda a: [Job(a, np.array([1]), "nll", np.array([-2]))], "target -2 of sequence 0"),
+    "target 320": (lambda a: [Job(a, np.array([1]), "nll", np.array([320]))], "target 320 of sequence 0"),
+    "twice": (lambda a: [Job(a, np.array([1])), Job(a, np.array([1]))], "sequence 0 occurs in two jobs"),
+    "nowhere": (lambda a: [Job(a, np.array([1])), Job(99, np.array([1]))], "sequence 99 does not exist"),
+}
+
+
+@pytest.mark.parametrize("name", ["native", "torch"])
+def test_both_engines_refuse_the_same_before_anything_runs(make_folder, tokens, name):
+    engine = load(make_folder("llama"), name).engine
+    a = engine.new()
+    engine.step([Job(a, tokens[:5], "none")])
+    for what, (jobs, sentence) in STEP_MISTAKES.items():
+        with pytest.raises(ValueError, match=sentence) as error:
+            engine.step(jobs(a))
+        assert "\n" not in str(error.value), what
+        assert engine.length(a) == 5, what
+    assert engine.step([]) == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_a_torch_step_that_breaks_off_leaves_no_trace(make_folder, tokens, monkeypatch, error):
+    """In the second layer of the second job, so that neither the jobs nor the layers are at one."""
+    engine = load(make_folder("llama"), "torch").engine
+    a, b = engine.new(), engine.new()
+    engine.step([Job(a, tokens[:5], "none")])
+    whole = engine.step([Job(engine.fork(a), tokens[5:9], "all")])[0]
+    layer = engine.model.model.layers[1]
+    forward, calls = layer.forward, []
+
+    def breaking(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise error
+        return forward(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layer, "forward", breaking)
+        with pytest.raises(error):
+            engine.step([Job(a, tokens[5:9], "none"), Job(b, tokens[:3], "none")])
+    assert (engine.length(a), engine.length(b)) == (5, 0)
+    assert np.array_equal(engine.step([Job(a, tokens[5:9], "all")])[0], whole)
+
+
+@pytest.mark.skipif(not bundled_folder().is_dir(), reason="the bundled model is not in this checkout")
+def test_native_equals_torch_on_the_bundled_model_and_real_text():
+    model = load()
+    text = next(documents([held_out_text()]))
+    tokens = np.asarray(model.tokenizer.encode(text[: 8 * POSITIONS])[:POSITIONS], np.int32)
+    assert len(tokens) == POSITIONS >= 1000
+    check_close(*both(bundled_folder(), tokens, model.engine.context_length))
+
+
 def test_running_natively_never_imports_torch(make_folder, tmp_path):
     pack(make_folder("b158"), tmp_path / "packed")
+    full = make_folder("llama")
     code = (
         "import sys; from tritkit.cli import main\n"
-        f"folder = {str(tmp_path / 'packed')!r}\n"
-        "assert main(['generate', folder, '--prompt', 'the cat', '--max-tokens', '5', '--seed', '1']) == 0\n"
-        "assert main(['inspect', folder]) == 0\n"
-        "assert main(['eval', folder, '--limit', '100', '--no-record']) == 0\n"
-        "assert main(['compare', folder]) == 0\n"
+        f"for folder in ({str(tmp_path / 'packed')!r}, {str(full)!r}):\n"
+        "    assert main(['generate', folder, '--prompt', 'the cat', '--max-tokens', '5', '--seed', '1']) == 0\n"
+        "    assert main(['inspect', folder]) == 0\n"
+        "    assert main(['eval', folder, '--limit', '100', '--no-record']) == 0\n"
+        "    bench = ['bench', folder, '--prompt-tokens', '4', '--tokens', '2', '--repeat', '1']\n"
+        "    assert main(bench) == 0\n"
+        "    assert main(['chat', folder]) == 2  # loads it, then says that it has no chat template\n"
+        "    assert main(['compare', folder]) == 0\n"
         "assert main(['--help']) == 0\n"
         "assert 'torch' not in sys.modules, 'torch was imported'\n"
     )
@@ -150,13 +220,37 @@ def test_same_seed_same_text(make_folder, kind):
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_text_goes_on_past_the_context(make_folder):
+def test_text_goes_on_past_the_context(make_folder, monkeypatch):
     """A text longer than the context: the model re-reads its last half; the sequence is let go of at the end."""
+    from itertools import repeat
+
     from tritkit.engine.sampling import Sampling
     from tritkit.engine.text import stream_ids
 
     model = load(make_folder("b158"))
-    ids = list(stream_ids(model, [0, 5, 6], 200, Sampling(seed=3)))
-    assert len(ids) == 200 or model.tokenizer.eos_id is not None
+    model.tokenizer.eos_id = None  # so that nothing but the count of tokens ends the text
+    step, read = model.engine.step, []
+    monkeypatch.setattr(model.engine, "step", lambda jobs: read.append(jobs[0]) or step(jobs))
+    text = [0, 5, 6]
+    text += stream_ids(model, text, 200, Sampling(seed=3))
+    assert len(text) == 203
+    # 3 and 125 fill the context of 128; then 64, and 64 more fill it again. Nobody needs what follows the last token.
+    assert [len(job.tokens) for job in read] == [3, *repeat(1, 125), 64, *repeat(1, 64), 64, *repeat(1, 8)]
+    again = [job.tokens.tolist() for job in read if len(job.tokens) == 64]
+    assert again == [text[129 - 64 : 129], text[194 - 64 : 194]]
+    with pytest.raises(ValueError, match="does not exist"):
+        model.engine.length(read[0].sequence)
     with pytest.raises(ValueError, match="context is 128"):
         list(stream_ids(model, [5] * 128, 1, Sampling()))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_that_pad_the_embedding_are_never_drawn(make_folder, seed):
+    """384 rows for a tokenizer of 320: at a high temperature each is as likely as any other."""
+    from tritkit.engine.sampling import Sampling
+    from tritkit.engine.text import stream_ids
+
+    model = load(make_folder("llama", vocab_size=384))
+    model.tokenizer.eos_id = None
+    ids = list(stream_ids(model, [0, 5, 6], 100, Sampling(temperature=100.0, seed=seed)))
+    assert len(ids) == 100 and max(ids) < len(model.tokenizer) == 320

@@ -1,8 +1,8 @@
 """What every engine can do: tokens in, logits or likelihoods out, for many sequences at once. numpy only."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,8 +37,8 @@ class Engine(Protocol):
 
     def step(self, jobs: Sequence[Job]) -> list[NDArray[np.float32] | None]:
         """Runs all jobs as one batch; float32 results in their order: none: None, last: [vocab], all: [t, vocab],
-        nll: [t]. ValueError, and nothing changed, for an unknown sequence, a token outside the vocabulary, or more
-        tokens than `context_length`."""
+        nll: [t]. ValueError for jobs that `checked` refuses. Whatever goes wrong on the way, Ctrl-C included, every
+        sequence stays as long as it was."""
         ...
 
     def fork(self, sequence: int) -> int:
@@ -56,3 +56,48 @@ class Engine(Protocol):
     def length(self, sequence: int) -> int:
         """Tokens that the sequence holds."""
         ...
+
+
+def checked(jobs: Sequence[Job], engine: Engine) -> list[Job]:
+    """The jobs with their tokens and targets as int32. ValueError, in one sentence, for what no engine runs."""
+    found = [_checked(job, engine) for job in jobs]
+    seen: set[int] = set()
+    for job in found:
+        if job.sequence in seen:
+            raise ValueError(f"sequence {job.sequence} occurs in two jobs of one step")
+        seen.add(job.sequence)
+    return found
+
+
+def _checked(job: Job, engine: Engine) -> Job:
+    name = f"sequence {job.sequence}"
+    length = engine.length(job.sequence)
+    tokens = _int32(job.tokens, 0, engine.vocab_size, "token", name)
+    if not len(tokens):
+        raise ValueError(f"{name} has a job without tokens")
+    if length + len(tokens) > engine.context_length:
+        raise ValueError(
+            f"{name} would have {length + len(tokens)} tokens, more than the context length of {engine.context_length}"
+        )
+    if job.want not in get_args(Want):
+        raise ValueError(f"want is {job.want!r}, expected one of {', '.join(get_args(Want))}")
+    if job.want != "nll":
+        return replace(job, tokens=tokens, targets=None)
+    if job.targets is None:
+        raise ValueError("want is 'nll' but targets is None")
+    targets = _int32(job.targets, -1, engine.vocab_size, "target", name)
+    if len(targets) != len(tokens):
+        raise ValueError(f"targets has shape [{len(targets)}], expected [{len(tokens)}]")
+    return replace(job, tokens=tokens, targets=targets)
+
+
+def _int32(values: NDArray, least: int, vocab_size: int, what: str, name: str) -> NDArray[np.int32]:
+    values = np.asarray(values)
+    if values.ndim != 1 or values.dtype.kind not in "iu":
+        raise ValueError(
+            f"{what}s of {name} are {values.dtype} with {values.ndim} dimensions, expected one dimension of integers"
+        )
+    outside = values[(values < least) | (values >= vocab_size)]
+    if outside.size:
+        raise ValueError(f"{what} {outside[0]} of {name} is outside the vocabulary of {vocab_size}")
+    return np.ascontiguousarray(values, dtype=np.int32)

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tritkit import _native
-from tritkit.engine import Job
+from tritkit.engine import Job, checked
 from tritkit.engine.weights import DecoderWeights, LayerWeights, LinearWeights, check
 
 CHUNK = 256  # tokens in one native call: short enough that Ctrl-C is heard, long enough to be efficient
@@ -61,10 +61,9 @@ class NativeEngine:
         return self._decoder.length(sequence)
 
     def step(self, jobs: Sequence[Job]) -> list[NDArray[np.float32] | None]:
-        """See `Engine.step`. Interrupted (Ctrl-C), it leaves every sequence as long as it was."""
-        jobs = [_as_int32(job) for job in jobs]
+        """See `Engine.step`."""
+        jobs = checked(jobs, self)
         lengths = {job.sequence: self.length(job.sequence) for job in jobs}
-        self._decoder.check([_fields(job) for job in jobs])
         results: list[list[NDArray[np.float32]]] = [[] for _ in jobs]
         try:
             for batch in _batches(jobs):
@@ -94,22 +93,6 @@ def _linear(runner: _native.Runner, name: str, w: LinearWeights) -> _native.Line
         return _native.Linear(runner, w.layout, data, w.rows, w.cols, float(w.scale), w.activations, bias)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-
-
-def _as_int32(job: Job) -> Job:
-    def convert(name: str, values: NDArray) -> NDArray[np.int32]:
-        values = np.asarray(values)
-        if values.ndim != 1 or values.dtype.kind not in "iu":
-            raise ValueError(
-                f"{name} of sequence {job.sequence} are {values.dtype} with {values.ndim} dimensions, "
-                "expected one dimension of integers"
-            )
-        if values.size and not -(2**31) <= values.min() <= values.max() < 2**31:
-            raise ValueError(f"{name} of sequence {job.sequence} do not fit into int32")
-        return np.ascontiguousarray(values, dtype=np.int32)
-
-    targets = None if job.targets is None else convert("targets", job.targets)
-    return dataclasses.replace(job, tokens=convert("tokens", job.tokens), targets=targets)
 
 
 def _fields(job: Job) -> tuple:

@@ -39,6 +39,7 @@ def stream_ids(
 ) -> Iterator[int]:
     """Token ids that follow the prompt, up to the model's end-of-text token.
 
+    Rows of the logits beyond the tokenizer's vocabulary, which pad the embedding, are never drawn.
     Where the context is full the text goes on from its last half: the model re-reads that half and forgets the rest.
     ValueError for an empty prompt and for one that fills the context.
     """
@@ -57,7 +58,7 @@ def stream_ids(
         logits = _last(engine.step([Job(sequence, np.asarray(text, np.int32), "last")]))
         timing.prefill_seconds = time.perf_counter() - started
         for made in range(max_tokens):
-            token = sampler.sample(logits, text)
+            token = sampler.sample(logits[: len(model.tokenizer)], text)
             if token == model.tokenizer.eos_id:
                 timing.finish = "stop"
                 return

@@ -15,7 +15,7 @@ from ..checkpoint import ModelFolder, linear_names
 from ..formats import format_of
 from ..layers import PackedLinear
 from ..models.transformer import KVCache, Transformer, build
-from . import Job
+from . import Job, checked
 
 
 class TorchEngine:
@@ -45,21 +45,20 @@ class TorchEngine:
 
     def _cache(self, sequence: int) -> list[KVCache]:
         if sequence not in self._caches:
-            raise ValueError(f"there is no sequence {sequence}")
+            raise ValueError(f"sequence {sequence} does not exist")
         return self._caches[sequence]
 
     @torch.inference_mode()
     def step(self, jobs: Sequence[Job]) -> list[NDArray[np.float32] | None]:
-        for job in jobs:
-            self._check(job)
-        return [self._run(job) for job in jobs]
-
-    def _check(self, job: Job) -> None:
-        end = self.length(job.sequence) + len(job.tokens)
-        if end > self.context_length:
-            raise ValueError(f"the sequence would have {end} tokens, but the model's context is {self.context_length}")
-        if len(job.tokens) and not 0 <= int(np.min(job.tokens)) <= int(np.max(job.tokens)) < self.vocab_size:
-            raise ValueError(f"a token is outside the vocabulary of {self.vocab_size}")
+        """See `Engine.step`."""
+        jobs = checked(jobs, self)
+        lengths = {job.sequence: self.length(job.sequence) for job in jobs}
+        try:
+            return [self._run(job) for job in jobs]
+        except BaseException:
+            for sequence, n in lengths.items():
+                self.truncate(sequence, n)
+            raise
 
     def _run(self, job: Job) -> NDArray[np.float32] | None:
         tokens = torch.from_numpy(np.asarray(job.tokens, np.int64)).to(self.device)[None]
