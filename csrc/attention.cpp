@@ -41,15 +41,18 @@ void store_token(const HeadShape& shape, const RotaryTable& rotary, const KvPage
     }
 }
 
+size_t attention_scratch(const HeadShape& shape, const KvPages& pages, int length) {
+    const ptrdiff_t group = shape.heads / shape.kv_heads;
+    return static_cast<size_t>(group * (round_up(length, kPagePositions) + pages.head_stride()));
+}
+
 void attend(const HeadShape& shape, const KvPages& pages, const Token& token, int layer, int kv_head,
-            const float* rotated, float* out, const Kernels& kernels, std::vector<float>& scratch) {
+            const float* rotated, float* out, const Kernels& kernels, float* scratch) noexcept {
     const int group = shape.heads / shape.kv_heads, first = kv_head * group;
     const int length = token.position + 1;
     const ptrdiff_t stride = pages.head_stride(), score_stride = round_up(length, kPagePositions);
-    const size_t needed = static_cast<size_t>(group * (score_stride + stride));
-    if (scratch.size() < needed) scratch.resize(needed);
-    float* scores = scratch.data();                       // [group, score_stride]
-    float* sums = scratch.data() + group * score_stride;  // [group, head_stride]
+    float* scores = scratch;                       // [group, score_stride]
+    float* sums = scratch + group * score_stride;  // [group, head_stride]
 
     for (int at = 0; at < length; at += kPagePositions) {
         const int count = std::min(kPagePositions, length - at);

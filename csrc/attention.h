@@ -38,8 +38,11 @@ class RotaryTable {
 void store_token(const HeadShape& shape, const RotaryTable& rotary, const KvPages& pages, const Token& token, int layer,
                  const float* q, const float* k, const float* v, float* rotated);
 
+/// Floats of scratch that attend() needs for a token that sees `length` positions.
+size_t attention_scratch(const HeadShape& shape, const KvPages& pages, int length);
+
 /// softmax(q k^T / sqrt(head_dim)) v of one token for the query heads of one kv head; out: [heads, head_dim].
 void attend(const HeadShape& shape, const KvPages& pages, const Token& token, int layer, int kv_head,
-            const float* rotated, float* out, const Kernels& kernels, std::vector<float>& scratch);
+            const float* rotated, float* out, const Kernels& kernels, float* scratch) noexcept;
 
 }  // namespace tritkit

@@ -1,4 +1,5 @@
-// The only file that knows Python. Checks dtypes, shapes and contiguity, raises ValueError, computes nothing.
+// The only file that knows Python. Checks dtypes, shapes and contiguity, raises ValueError. It computes nothing but in
+// the hooks for the tests, which run one linear or the quantizer without a decoder.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -195,13 +196,6 @@ Job job_of(nb::handle item) {
     return job;
 }
 
-void check(const Decoder& decoder, const nb::list& jobs) {
-    std::vector<Job> built;
-    for (nb::handle item : jobs) built.push_back(job_of(item));
-    nb::gil_scoped_release release;
-    decoder.check(built);
-}
-
 nb::list step(Decoder& decoder, const nb::list& jobs) {
     std::vector<Job> built;
     nb::list results;
@@ -270,9 +264,11 @@ nb::object apply(Runner& runner, const Linear& linear, const Array& x) {
     nb::object array = new_array(out, {static_cast<size_t>(tokens), static_cast<size_t>(linear.rows())});
     {
         nb::gil_scoped_release release;
+        std::vector<Linear::Scratch> scratch(static_cast<size_t>(runner.pool.size()));
+        for (Linear::Scratch& s : scratch) linear.reserve(tokens, runner.pool.size(), s);
         runner.pool.run([&](Team& team) {
-            Linear::Scratch scratch;
-            linear.apply(linear.share(team), input, tokens, out, linear.rows(), Linear::Write::kStore, scratch);
+            linear.apply(linear.share(team), input, tokens, out, linear.rows(), Linear::Write::kStore,
+                         scratch[static_cast<size_t>(team.rank)]);
         });
     }
     return array;
@@ -327,7 +323,6 @@ NB_MODULE(_native, m) {
         .def("truncate", &Decoder::truncate, "sequence"_a, "length"_a, Release())
         .def("free", &Decoder::free, "sequence"_a, Release())
         .def("length", &Decoder::length, "sequence"_a, Release())
-        .def("check", &check, "jobs"_a, "ValueError if step(jobs) would raise one.")
         .def("step", &step, "jobs"_a, "List of (sequence, int32 tokens, want, int32 targets or None).")
         .def_prop_ro("bytes_per_token", &Decoder::bytes_per_token);
 

@@ -67,6 +67,12 @@ struct Decoder::Workspace {
             gated.reserve(layer.down->activations());
         }
         final_normed.reserve(d.head_->activations());
+        for (Linear::Scratch& s : scratch) {
+            for (const Layer& layer : d.layers_)
+                for (const LinearPtr& linear : {layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down})
+                    linear->reserve(capacity, d.runner_->pool.size(), s);
+            d.head_->reserve(std::min(capacity, kHeadTokens), d.runner_->pool.size(), s);
+        }
     }
 
     int capacity;
@@ -133,11 +139,6 @@ size_t Decoder::bytes_per_token() const {
     return bytes;
 }
 
-void Decoder::check(const std::vector<Job>& jobs) const {
-    std::lock_guard lock(mutex_);
-    require_valid(jobs);
-}
-
 void Decoder::require_valid(const std::vector<Job>& jobs) const {
     auto require = [](bool good, const std::string& message) {
         if (!good) throw std::invalid_argument(message);
@@ -199,6 +200,11 @@ void Decoder::step(const std::vector<Job>& jobs) {
         first += job.count;
     }
     Workspace& w = workspace(static_cast<int>(tokens.size()));
+    int longest = 0;
+    for (const Token& token : tokens) longest = std::max(longest, token.position + 1);
+    const size_t scores = attention_scratch(shape_.heads, pages_, longest);
+    for (std::vector<float>& s : w.scores)
+        if (s.size() < scores) s.resize(scores);
     runner_->pool.run([&](Team& team) {
         const Range mine = team.share(static_cast<int>(tokens.size()));
         for (int t = mine.begin; t < mine.end; ++t)
@@ -243,7 +249,7 @@ void Decoder::run_layer(Team& team, int index, const std::vector<Token>& tokens,
         const int t = item / heads.kv_heads;
         attend(heads, pages_, tokens[static_cast<size_t>(t)], index, item % heads.kv_heads,
                w.rotated.data() + t * rotated_size, w.attended.row(t), kernels,
-               w.scores[static_cast<size_t>(team.rank)]);
+               w.scores[static_cast<size_t>(team.rank)].data());
     }
     team.barrier();
     for (int t = mine.begin; t < mine.end; ++t) {

@@ -69,8 +69,6 @@ class Decoder {
 
     /// All jobs together, as one batch. Throws std::invalid_argument, and then nothing has happened.
     void step(const std::vector<Job>& jobs);
-    /// Throws what step() would throw.
-    void check(const std::vector<Job>& jobs) const;
 
     const DecoderShape& shape() const { return shape_; }
     /// Bytes of weights that one decoded token reads.

@@ -1,6 +1,7 @@
 #include "linear.h"
 
 #include <algorithm>
+#include <cassert>
 #include <stdexcept>
 
 #include "floats.h"
@@ -91,11 +92,24 @@ void Linear::float_product(Range mine, const float* x, ptrdiff_t x_stride, int t
                                  : kernels_->matmul_bf16)(product);
 }
 
+void Linear::reserve(int tokens, int threads, Scratch& scratch) const {
+    const ptrdiff_t tiles = (rows_ + kTileRows - 1) / kTileRows;
+    const ptrdiff_t largest_share = (tiles + threads - 1) / threads * kTileRows;
+    ptrdiff_t size = std::min(tokens, kFewTokens) * largest_share;
+    if (tokens > kFewTokens) size = std::max(size, static_cast<ptrdiff_t>(tokens) * kPanelRows);
+    auto grow = [&](auto& sums) { sums.resize(std::max(sums.size(), static_cast<size_t>(size))); };
+    if (is_float(runtime_))
+        grow(scratch.floats);
+    else
+        grow(scratch.integers);
+}
+
 void Linear::apply(Range mine, const Activations& x, int tokens, float* out, ptrdiff_t out_stride, Write write,
-                   Scratch& scratch) const {
+                   Scratch& scratch) const noexcept {
     const int panel = tokens <= kFewTokens ? std::max(mine.end - mine.begin, 1) : kPanelRows;
     const ptrdiff_t stride = round_up(panel, kTileRows);
-    const size_t size = static_cast<size_t>(tokens * stride);
+    assert((is_float(runtime_) ? scratch.floats.size() : scratch.integers.size()) >=
+           static_cast<size_t>(mine.empty() ? 0 : tokens * stride));
     const float* bias = bias_.empty() ? nullptr : bias_.data();
     Range rows;
 
@@ -109,11 +123,9 @@ void Linear::apply(Range mine, const Activations& x, int tokens, float* out, ptr
     for (int begin = mine.begin; begin < mine.end; begin += panel) {
         rows = {begin, std::min(begin + panel, mine.end)};
         if (is_float(runtime_)) {
-            if (scratch.floats.size() < size) scratch.floats.resize(size);
             float_product(rows, x.rows(), x.stride(), tokens, scratch.floats.data(), stride);
             for (int t = 0; t < tokens; ++t) finish(t, scratch.floats.data() + t * stride, scale_);
         } else {
-            if (scratch.integers.size() < size) scratch.integers.resize(size);
             const Activations::Codes& c = x.codes(activations_);
             integer_product(rows, c.codes.data(), x.code_stride(), c.sums.data(), tokens, scratch.integers.data(),
                             stride);

@@ -71,9 +71,11 @@ class Linear {
         std::vector<int32_t> integers;
         std::vector<float> floats;
     };
-    /// out[t][r] = (or +=) this(x[t])[r] for the rows of `mine`.
+    /// Makes room for apply() with up to `tokens` tokens on one of `threads` threads; not inside a parallel region.
+    void reserve(int tokens, int threads, Scratch& scratch) const;
+    /// out[t][r] = (or +=) this(x[t])[r] for the rows of `mine`. `scratch` was reserved.
     void apply(Range mine, const Activations& x, int tokens, float* out, ptrdiff_t out_stride, Write write,
-               Scratch& scratch) const;
+               Scratch& scratch) const noexcept;
 
     /// The bare sums of the integer product, [tokens, round_up(rows, 16)].
     void integer_product(Range mine, const int8_t* codes, ptrdiff_t code_stride, const int32_t* sums, int tokens,

@@ -40,7 +40,8 @@ class Sampler {
     /// history: the tokens that the repetition penalty applies to. Throws std::invalid_argument.
     int sample(const float* logits, int vocab_size, const int32_t* history, int history_size);
 
-    /// The tokens that survive the filters with their probabilities, in no particular order. Empty with temperature 0.
+    /// The tokens that survive the filters with their probabilities, in no particular order; with temperature 0 the
+    /// most likely one alone.
     std::vector<std::pair<int, double>> distribution(const float* logits, int vocab_size, const int32_t* history,
                                                      int history_size);
 

@@ -102,6 +102,7 @@ def test_greedy_is_the_largest_after_the_penalty():
     assert Sampler(Sampling(temperature=0, repetition_penalty=1.5)).sample(logits, [0]) == 1
     assert Sampler(Sampling(temperature=0, repetition_penalty=1.5)).sample(logits, [0, 0, 0]) == 1
     assert Sampler(Sampling(temperature=0, top_k=1, top_p=0.1)).sample(logits) == 0
+    assert Sampler(Sampling(temperature=0)).distribution(logits).tolist() == [1, 0, 0]
 
 
 def test_forbidden_tokens_are_never_drawn():
