@@ -12,6 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tritkit.data import SEPARATOR, documents
 from tritkit.evals import ngram
 from tritkit.evals.ngram import KneserNey, modified_discounts, xz_bits_per_byte
+from tritkit.tokenizer import EOS
+from tritkit.tokenizer import Tokenizer as OurTokenizer
 
 EXACT = 1e-9  # float64 sums of a few hundred terms
 
@@ -205,8 +207,12 @@ def test_xz_counts_what_the_text_adds():
         xz_bits_per_byte(text, b"")
 
 
-@pytest.fixture
-def tokenizer(tmp_path) -> str:
+@pytest.fixture(params=["ours", "another's"])
+def tokenizer(request, tmp_path) -> str:
+    """A tokenizer.json: ours, whose folder names the begin and the end of a text, or one with <|endoftext|> alone."""
+    if request.param == "ours":
+        OurTokenizer.train([sentences(100, 1)], 300).save(tmp_path)
+        return str(tmp_path / "tokenizer.json")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -231,9 +237,13 @@ def test_command(tmp_path, tokenizer, capsys):
     assert list(rows) == ["xz -9e", "Kneser-Ney 3-gram", "xz -9e after train"]
 
     encoder = Tokenizer.from_file(tokenizer)
-    end = encoder.token_to_id(SEPARATOR)
+    (end,) = {encoder.token_to_id(name) for name in (EOS, SEPARATOR)} - {None}
     held = list(documents([held_out]))
-    streams = [np.concatenate([[*encoder.encode(d).ids, end] for d in documents([f])]) for f in (train, held_out)]
+    streams = [
+        np.concatenate([[*encoder.encode(d, add_special_tokens=False).ids, end] for d in documents([f])])
+        for f in (train, held_out)
+    ]
+    assert (streams[0] == end).sum() == 8 and (streams[1] == end).sum() == 2
     nll = KneserNey.fit(streams[0], encoder.get_vocab_size(), 3, end).nll(streams[1])
     row = rows["Kneser-Ney 3-gram"]
     assert row["tokens_seen"] == len(streams[0])
@@ -246,7 +256,12 @@ def test_command(tmp_path, tokenizer, capsys):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [({"--order": "0"}, "order is 0"), ({"--held-out": "nowhere.txt"}, "nowhere.txt")]
+    ("change", "message"),
+    [
+        ({"--order": "0"}, "order is 0"),
+        ({"--held-out": "nowhere.txt"}, "nowhere.txt"),
+        ({"--tokenizer": "nowhere.json"}, "nowhere.json has no tokenizer.json"),
+    ],
 )
 def test_command_names_the_mistake(tmp_path, tokenizer, capsys, change, message):
     text = tmp_path / "text.txt"

@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from tokenizers import Tokenizer
 
 from ..data import SEPARATOR, documents
+from ..tokenizer import Tokenizer
 
 XZ_WINDOW = 64 << 20  # bytes: the dictionary of xz preset 9
 
@@ -167,16 +167,21 @@ class Baseline:
     seconds: float
 
 
+def end_of_document(tokenizer: Tokenizer) -> int | None:
+    """The end-of-text token that the tokenizer's folder names, else the one called <|endoftext|>."""
+    return tokenizer.inner.token_to_id(SEPARATOR) if tokenizer.eos_id is None else tokenizer.eos_id
+
+
 def encode_documents(tokenizer: Tokenizer, texts: Iterable[str], limit: int | None) -> tuple[np.ndarray, bytes]:
-    """Tokens of each document by itself, each followed by the end-of-text token if there is one; and the bytes.
+    """Tokens of each document by itself, each followed by its end token if there is one; and the bytes.
 
     Reading stops at the document that reaches `limit` tokens: of it the tokens are cut, the bytes are not.
     """
-    end = tokenizer.token_to_id(SEPARATOR)
-    dtype = np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.int32
+    end = end_of_document(tokenizer)
+    dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.int32
     pieces, utf8, seen = [np.empty(0, dtype)], [], 0
     for text in texts:
-        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        ids = tokenizer.encode(text, special=False)
         pieces.append(np.array(ids if end is None else [*ids, end], dtype))
         utf8.append(text.encode())
         seen += len(pieces[-1])
@@ -195,9 +200,10 @@ def measure(
     yield Baseline("xz -9e", 0, None, xz_bits_per_byte(None, text), time.perf_counter() - start)
 
     train_tokens, train_text = encode_documents(tokenizer, train, limit)
-    bos = tokenizer.token_to_id(SEPARATOR)
+    end = end_of_document(tokenizer)
+    before = tokenizer.bos_id if end is None else end  # the first document begins where another ended
     start = time.perf_counter()
-    nll = KneserNey.fit(train_tokens, tokenizer.get_vocab_size(), order, bos).nll(tokens)
+    nll = KneserNey.fit(train_tokens, len(tokenizer), order, before).nll(tokens)
     seconds = time.perf_counter() - start
     bits = nll.sum() / math.log(2) / len(text)
     yield Baseline(f"Kneser-Ney {order}-gram", len(train_tokens), math.exp(nll.mean()), bits, seconds)
@@ -209,7 +215,7 @@ def measure(
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tritkit.evals.ngram", description=__doc__.split("\n")[0])
-    parser.add_argument("--tokenizer", required=True, metavar="TOKENIZER_JSON")
+    parser.add_argument("--tokenizer", required=True, metavar="TOKENIZER_JSON", help="or a model folder")
     parser.add_argument("--train", required=True, nargs="+", type=Path, help=".txt, or .txt.xz, .gz, .zst")
     parser.add_argument("--held-out", required=True, type=Path)
     parser.add_argument("--order", type=int, default=5)
@@ -218,7 +224,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     train, held_out = documents(args.train), documents([args.held_out])
     try:
-        tokenizer = Tokenizer.from_file(args.tokenizer)
+        tokenizer = Tokenizer.load(args.tokenizer)
         with Console(stderr=True).status("Measuring; xz needs one or two seconds per megabyte ..."):
             rows = list(measure(tokenizer, train, held_out, args.order, args.limit_train_tokens))
     except (OSError, ValueError) as error:
