@@ -8,7 +8,7 @@ import pytest
 from tritkit.data import documents
 from tritkit.engine import Job
 from tritkit.engine.load import load
-from tritkit.evals.perplexity import evaluate, sliding
+from tritkit.evals.perplexity import evaluate, gptq_windows, sliding
 
 CLOSE = 1e-5  # float32 likelihoods summed in another order
 
@@ -41,7 +41,7 @@ def test_llama_cpp(model, text_file):
 
 def test_gptq(model, text_file):
     """Lines joined by blank lines, no BOS, whole windows; the mean of n-1 losses counts as n."""
-    rows = "".join(documents([text_file])).splitlines(keepends=True)
+    rows = [row + "\n" for row in "".join(documents([text_file])).split("\n")[:-1]]
     ids = model.tokenizer.encode("\n\n".join(r if r.strip() else "" for r in rows), special=False)
     n = 32
     windows = [ids[start : start + n] for start in (0, n)]
@@ -49,6 +49,18 @@ def test_gptq(model, text_file):
     expected = math.exp(sum(loss * n for loss in losses) / (2 * n))
     metrics = evaluate(model, [str(text_file)], protocol="gptq", context=n, limit=2 * (n - 1))
     assert metrics["gptq_perplexity"] == pytest.approx(expected, rel=CLOSE)
+
+
+def test_gptq_rows_end_at_newlines_only(model, tmp_path):
+    """The text between two "\\n" is one row, whatever else some would call a line end."""
+    text = "the cat sat\x0con a mat\x85and saw\u2028the moon\x1cover the hill\n \nowls sang" * 3
+    (tmp_path / "one.txt").write_text(text, encoding="utf-8")
+    windows, size = gptq_windows(model, [tmp_path / "one.txt"], 16, "text")
+    rows = text.split("\n")
+    joined = "\n\n".join([row + "\n" if row.strip() else "" for row in rows[:-1]] + rows[-1:])
+    ids = model.tokenizer.encode(joined, special=False)
+    assert size == len(joined.encode())
+    assert np.concatenate([w.tokens for w in windows]).tolist() == ids[: len(ids) // 16 * 16]
 
 
 def test_document_scores_every_token_once(model, tmp_path):
@@ -89,6 +101,11 @@ def test_engines_agree(make_folder, text_file):
 def test_standard_error_and_refusals(model, text_file, tmp_path):
     metrics = evaluate(model, [str(text_file)], limit=500)
     assert 0 < metrics["document_perplexity_error"] < metrics["document_perplexity"]
+    for context, protocol in ((0, "document"), (-5, "document"), (1, "gptq"), (2, "llama.cpp"), (129, "gptq")):
+        with pytest.raises(ValueError, match=f"context is {context}, .*context is 128"):
+            evaluate(model, [str(text_file)], protocol=protocol, context=context)
+    with pytest.raises(ValueError, match="limit is -1"):
+        evaluate(model, [str(text_file)], limit=-1)
     with pytest.raises(ValueError, match="unknown protocol"):
         evaluate(model, [str(text_file)], protocol="other")
     (tmp_path / "short.txt").write_text("the cat")

@@ -12,6 +12,7 @@ numpy only; the engine decides whether torch is there.
 
 from __future__ import annotations
 
+import io
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -52,16 +53,21 @@ def evaluate(
     sources: files, folders or globs of text; none: the bundled held-out books.
     context: tokens of a chunk; none takes the protocol's own (512, 2048) or the model's context, whichever is less.
     limit: stop after so many scored tokens, at the end of a window; 0 scores all. ValueError for text that is too
-    short, a context longer than the model's, or an unknown protocol.
+    short, a context below 2 or longer than the model's, a negative limit, or an unknown protocol.
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"unknown protocol {protocol!r}; known are {', '.join(PROTOCOLS)}")
     model = model if isinstance(model, Model) else load(model)
     engine = model.engine
     usual = {"llama.cpp": 512, "gptq": 2048, "document": engine.context_length}[protocol]
-    context = context or min(usual, engine.context_length)
-    if not 2 <= context <= engine.context_length:
-        raise ValueError(f"--context is {context}, but the model's context is {engine.context_length} tokens")
+    context = min(usual, engine.context_length) if context is None else context
+    least = 3 if protocol == "llama.cpp" else 2  # of fewer tokens none is predicted
+    if not least <= context <= engine.context_length:
+        raise ValueError(
+            f"--context is {context}, expected at least {least}; the model's context is {engine.context_length} tokens"
+        )
+    if limit < 0:
+        raise ValueError(f"--limit is {limit}, expected 0 (all of the text) or more")
     files = find_files(sources or [str(held_out_text())])
     cut = {"llama.cpp": llama_cpp_windows, "gptq": gptq_windows, "document": document_windows}[protocol]
     every, utf8_bytes = cut(model, files, context, text_field)
@@ -80,6 +86,7 @@ def evaluate(
         f"{name}_perplexity_error": math.exp(mean) * error,
         f"{name}_tokens": tokens,
         f"{name}_context": context,
+        f"{name}_text": ", ".join(f.name for f in files) if sources else "bundled held-out books",
         "eval_engine": engine.name,
         "eval_tokens_per_second": tokens / seconds,
     }
@@ -150,8 +157,9 @@ def llama_cpp_windows(model: Model, files: list[Path], n: int, text_field: str) 
 
 
 def gptq_windows(model: Model, files: list[Path], n: int, text_field: str) -> tuple[Iterator[Window], int]:
-    # A row of the WikiText data set is a line with its line end, and an empty string for a blank line.
-    lines = _whole(files, text_field).splitlines(keepends=True)
+    # A row of the WikiText data set is a line with its line end, and an empty string for a blank line. Only "\n" ends
+    # one: str.splitlines would also cut at form feeds, U+0085 and U+2028.
+    lines = io.StringIO(_whole(files, text_field))
     text = "\n\n".join(line if line.strip() else "" for line in lines)
     ids = np.asarray(model.tokenizer.encode(text, special=False), np.int32)
 
