@@ -47,6 +47,19 @@ def _content(token: Any) -> str:
     return token.get("content", "") if isinstance(token, dict) else token or ""
 
 
+def fitted(tokenizer: Tokenizer, messages: list[Message], room: int) -> tuple[list[Message], list[int]]:
+    """The conversation without the oldest turns that ``room`` tokens cannot hold, and its prompt in tokens.
+
+    The system message and the newest message stay, however long.
+    """
+    first = int(messages[0]["role"] == "system")
+    while True:
+        ids = tokenizer.encode(render(tokenizer, messages), special=False)
+        if len(ids) <= room or len(messages) - first < 3:
+            return messages, ids
+        messages = [*messages[:first], *messages[first + 2 :]]  # a question and its answer
+
+
 def converse(
     folder: Path | str | None,
     engine: str,
@@ -56,8 +69,13 @@ def converse(
     sampling: Sampling,
     stop: tuple[str, ...] = (),
 ) -> int:
-    """Read lines from standard input, print answers; returns the exit code."""
+    """Read lines from standard input, print answers; returns the exit code.
+
+    A conversation that outgrows the context loses its oldest turns. Up to half of the context is kept for the answer.
+    """
     model = load(folder, engine, threads)
+    context = model.engine.context_length
+    room = context - max(1, min(max_tokens, context // 2))
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
     render(model.tokenizer, [*messages, {"role": "user", "content": ""}])  # say at once where there is no template
     asks = "> " if sys.stdin.isatty() else ""
@@ -69,7 +87,7 @@ def converse(
         if not line:
             return 0
         messages.append({"role": "user", "content": line})
-        ids = model.tokenizer.encode(render(model.tokenizer, messages), special=False)
+        messages, ids = fitted(model.tokenizer, messages, room)
         answer = ""
         pieces = model.tokenizer.stream(stream_ids(model, ids, max_tokens, sampling))
         for piece in until_stop(pieces, stop):
