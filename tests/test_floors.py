@@ -1,6 +1,7 @@
 """Imports point down or stay on their floor (DESIGN: the house)."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,13 @@ FLOORS = {
     "kernels": 1,
     "layers": 2, "models": 2, "tokenizer": 2,
     "data": 3, "optim": 3, "trainer": 3, "trainstate": 3, "checkpoint": 3, "pack": 3, "folderfacts": 3,
-    "engine": 4, "evals": 4,
-    "chat": 5, "tables": 5, "cli": 6, "__main__": 7,
+    "tensorfile": 3,
+    "engine": 4, "evals": 4, "chat": 4,
+    "tables": 5, "cli": 6, "__main__": 7,
 }  # fmt: skip
-EVERYWHERE = {"config", "results", "files", "progress", "memory", "tensorfile"}
+EVERYWHERE = {"config", "results", "files", "progress", "memory"}
 TORCH_FREE = {"layouts", "tokenizer", "models.config", "models", "data", "checkpoint", "folderfacts", "tables", "cli",
-              "chat", "engine", "engine.load", "engine.native", "evals", *EVERYWHERE}  # fmt: skip
+              "tensorfile", "chat", "engine", "engine.load", "engine.native", "evals", *EVERYWHERE}  # fmt: skip
 
 
 def modules():
@@ -66,6 +68,21 @@ ALL = [(path, parts) for path, parts in modules() if parts]
 
 def test_every_module_has_a_place():
     assert {parts[0] for _, parts in ALL} == set(FLOORS) | EVERYWHERE
+
+
+def test_contributing_says_the_same_floors():
+    text = (ROOT.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = {name: int(floor) for name, floor in re.findall(r"^  (\w+)(?:\.py|/) +FLOOR (\d)", text, re.M)}
+    assert named == {name: floor for name, floor in FLOORS.items() if name != "__main__"}
+    (anyone,) = re.findall(r"Imports point down, or stay on their floor; (.*?) may be\s+imported by anyone", text, re.S)
+    assert set(re.findall(r"`(\w+)`", anyone)) == EVERYWHERE
+
+
+def test_every_eval_but_the_program_has_a_row():
+    from tritkit.evals import SUITES
+
+    files = {path.stem for path in (ROOT / "evals").glob("*.py")} - {"__init__", "ngram"}
+    assert {suite.__module__.split(".")[-1] for suite in SUITES.values()} == files
 
 
 @pytest.mark.parametrize(("path", "parts"), ALL, ids=lambda v: ".".join(v) if isinstance(v, tuple) else "")

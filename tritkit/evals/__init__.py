@@ -1,4 +1,7 @@
-"""How good, how fast. One file and one row in SUITES each."""
+"""How good, how fast. A file and a row in SUITES for each thing that is measured of a model.
+
+ngram.py has no row: a program by itself, it measures how far one comes without a model.
+"""
 
 from .perplexity import evaluate
 from .speed import measure
