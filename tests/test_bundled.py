@@ -78,7 +78,7 @@ def test_it_beats_xz_on_books_it_never_saw():
 
 @pytest.mark.slow
 def test_it_beats_five_grams_of_as_many_tokens(shared_data):
-    """Kneser-Ney fitted on a random choice of its books, up to the tokens that training read; 3 GiB, some minutes."""
+    """Kneser-Ney fitted on a random choice of its books, as many tokens as training read; 2 GiB, a minute or two."""
     model = load()
     train = tomllib.loads((model.folder.path / "tritkit.toml").read_text(encoding="utf-8"))["train"]
     seen = train["steps"] * train["batch_size"] * train["sequence_length"]
