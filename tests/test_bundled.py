@@ -5,11 +5,11 @@ import lzma
 import math
 import random
 import re
-import tomllib
 from collections import Counter
 
 import pytest
 
+from tritkit import results
 from tritkit.data import documents
 from tritkit.engine.load import bundled_folder, load
 from tritkit.engine.sampling import Sampling
@@ -80,8 +80,7 @@ def test_it_beats_xz_on_books_it_never_saw():
 def test_it_beats_five_grams_of_as_many_tokens(shared_data):
     """Kneser-Ney fitted on a random choice of its books, as many tokens as training read; 2 GiB, a minute or two."""
     model = load()
-    train = tomllib.loads((model.folder.path / "tritkit.toml").read_text(encoding="utf-8"))["train"]
-    seen = train["steps"] * train["batch_size"] * train["sequence_length"]
+    seen = results.latest(model.folder.path)["tokens"]
     books = list(documents([shared_data / "books_pd" / name for name in BOOKS]))
     random.Random(0).shuffle(books)
     tokens, _ = encode_documents(model.tokenizer, books, seen)
