@@ -28,6 +28,7 @@ from .checkpoint import open_folder
 from .data import Batches, Tokens, documents, find_files, holdout, text_key, text_size, tokenize
 from .files import atomic_open
 from .folderfacts import describe
+from .kernels import fastest_backend
 from .layers import linear_for
 from .memory import peak_memory_mib
 from .models.config import ModelConfig
@@ -257,6 +258,7 @@ class _Run:
             read_latent(Path(t.init), self.model, self.optimizer, settings.model)
         state.text = str(zlib.crc32(tokens.ids.view("uint8").data))
         self.step = state.resume(self.model, self.optimizer)
+        fastest_backend(self.device.type)  # measured now, where no compiler looks on
         compiled = torch.compile(loss) if t.compile else loss
         self.forward = lambda x, y: compiled(self.model, x, y)
         self.times: list[float] = []

@@ -6,7 +6,6 @@ wide enough that no partial sum is rounded; ``int8`` is torch's own int8 product
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable
 
@@ -37,13 +36,18 @@ def integer_product(x_codes: Tensor, w_codes: Tensor, backend: str | None = None
 
     Exact as long as |sum| fits int32: any ``in`` up to 131071. backend: a row of BACKENDS, none: the faster one.
     """
-    return BACKENDS[backend or fastest_backend(x_codes.device.type)](x_codes, w_codes)
+    device = x_codes.device.type
+    return BACKENDS[backend or _FASTEST.get(device) or fastest_backend(device)](x_codes, w_codes)
 
 
-@functools.cache
+_FASTEST: dict[str, str] = {}  # by device, once it was measured
+
+
 def fastest_backend(device: str) -> str:
     """Measured once a process on a small product: torch's int8 product is 4 to 9 times the float32 rate where the
     CPU has VNNI, and a plain loop where it has not. Which one is taken changes no result."""
+    if device in _FASTEST:
+        return _FASTEST[device]
     generator = torch.Generator().manual_seed(0)
     x, w = (torch.randint(-1, 2, (256, 256), generator=generator).to(device, torch.int8) for _ in range(2))
     seconds = {}
@@ -55,4 +59,5 @@ def fastest_backend(device: str) -> str:
             seconds[name] = time.perf_counter() - begin
         except RuntimeError:  # this device has no such product
             continue
-    return min(seconds, key=lambda name: seconds[name])
+    _FASTEST[device] = min(seconds, key=lambda name: seconds[name])
+    return _FASTEST[device]
