@@ -182,13 +182,46 @@ def test_a_torch_step_that_breaks_off_leaves_no_trace(make_folder, tokens, monke
     assert np.array_equal(engine.step([Job(a, tokens[5:9], "all")])[0], whole)
 
 
+def distance(p: np.ndarray, q: np.ndarray) -> tuple[float, float]:
+    """Mean KL divergence and share of positions whose likeliest token differs."""
+    a, b = log_softmax(p), log_softmax(q)
+    return (np.exp(a) * (a - b)).sum(-1).mean(), (a.argmax(-1) != b.argmax(-1)).mean()
+
+
+def jittered(engine, seed: int) -> None:
+    """Change the output of every norm of a torch engine by one float32 rounding, up or down by chance."""
+    import torch
+
+    from tritkit.layers import RMSNorm
+
+    chance = torch.Generator().manual_seed(seed)
+
+    def jitter(module, inputs, output):
+        up = torch.randint(0, 2, output.shape, generator=chance) * 2 - 1
+        return output * (1 + 6e-8 * up)
+
+    for module in engine.model.modules():
+        if isinstance(module, RMSNorm):
+            module.register_forward_hook(jitter)
+
+
 @pytest.mark.skipif(not bundled_folder().is_dir(), reason="the bundled model is not in this checkout")
-def test_native_equals_torch_on_the_bundled_model_and_real_text():
-    model = load()
+def test_native_is_as_near_to_torch_as_torch_to_itself():
+    """On a trained model and real text one flipped rounding spreads over the rest of the context, so fixed bounds say
+    nothing. What can be asked: native is no further from torch than torch is from itself after one float32 rounding."""
+    folder, context = bundled_folder(), 512
     text = next(documents([held_out_text()]))
-    tokens = np.asarray(model.tokenizer.encode(text[: 8 * POSITIONS])[:POSITIONS], np.int32)
-    assert len(tokens) == POSITIONS >= 1000
-    check_close(*both(bundled_folder(), tokens, model.engine.context_length))
+    tokens = np.asarray(load(folder).tokenizer.encode(text[: 8 * POSITIONS])[:POSITIONS], np.int32)
+    native, truth = both(folder, tokens, context)
+    others = []
+    for seed in range(3):
+        engine = load(folder, "torch").engine
+        jittered(engine, seed)
+        others.append(distance(truth, teacher_forced(engine, tokens, context)))
+    kl, disagree = distance(truth, native)
+    assert kl <= 2 * max(k for k, _ in others)
+    assert disagree <= 2 * max(d for _, d in others)
+    print(f"native: KL {kl:.2g}, {disagree:.2%} differ; torch after one rounding: {others}")
 
 
 def test_running_natively_never_imports_torch(make_folder, tmp_path):
