@@ -60,9 +60,10 @@ class _Lines:
         self.before = self.done = done
 
     def __call__(self, amount: float = 1, note: str = "") -> None:
+        was_over = self.done >= self.total
         self.done = min(self.done + amount, self.total)  # totals may be guesses
         now = time.monotonic()
-        if now - self.shown >= self.every or self.done >= self.total:
+        if now - self.shown >= self.every or (self.done >= self.total and not was_over):
             self.shown = now
             rate = (self.done - self.before) / max(now - self.start, 1e-9)
             left = (self.total - self.done) / max(rate, 1e-9)

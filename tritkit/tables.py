@@ -14,6 +14,12 @@ from rich.table import Table
 from . import results
 
 
+def _screen() -> Console:
+    """Standard output; as wide as a table needs where it is no terminal."""
+    screen = Console()
+    return screen if screen.is_terminal else Console(width=120)
+
+
 def _bytes(value: float) -> str:
     return f"{value / 1e6:.2f} MB" if value >= 1e6 else f"{value / 1e3:.0f} kB"
 
@@ -77,7 +83,7 @@ def print_metrics(title: str, metrics: dict[str, Any]) -> None:
     for name, value in metrics.items():
         if value is not None and not name.endswith("_error"):
             table.add_row(MAIN.get(name, (name,))[0], _cell(metrics, name))
-    Console().print(table)
+    _screen().print(table)
 
 
 def print_comparison(folders: list[str], every: bool, as_json: bool) -> None:
@@ -101,7 +107,7 @@ def print_comparison(folders: list[str], every: bool, as_json: bool) -> None:
     for name in known:
         if any(column.get(name) is not None for column in columns.values()):
             table.add_row(MAIN.get(name, (name,))[0], *(_cell(c, name) for c in columns.values()))
-    Console().print(table)
+    _screen().print(table)
 
 
 def print_inspection(folder: str | None, linears: bool, as_json: bool) -> None:
@@ -133,6 +139,6 @@ def print_inspection(folder: str | None, linears: bool, as_json: bool) -> None:
         table = Table("linear", "-1", "0", "+1")
         for name, row in per_linear.items():
             table.add_row(name, *(_share(row[k]) for k in ("share_-1", "share_0", "share_+1")))
-        Console().print(table)
+        _screen().print(table)
     elif linears:
         print("its linears are floats: there are no codes to count")
