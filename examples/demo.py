@@ -41,7 +41,7 @@ class Phase:
 
 def main(out: Path) -> None:
     with Phase("a story from the bundled model, at once"):
-        tritkit("generate", "--prompt", PROMPT, "--max-tokens", "200", "--temperature", "0.6", "--seed", "1")
+        tritkit("generate", "--prompt", PROMPT, "--max-tokens", "200", "--temperature", "0.6", "--seed", "2")
     for name, title in MODELS.items():
         with Phase(f"train {title} from scratch"):
             again = ("--overwrite",) if (ROOT / out / name / "config.json").exists() else ()
