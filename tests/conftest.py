@@ -1,11 +1,20 @@
 """What the tests share: small random models as folders, and the data folder that a checkout may have beside it."""
 
+import signal
 from pathlib import Path
 
 import pytest
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 WORDS = "the cat sat on a mat and saw the moon over the hill while two owls sang of rain".split()  # noqa: SIM905
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c_is_heard():
+    """A process that was started in the background may have been told to ignore Ctrl-C; several tests press it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")
