@@ -234,7 +234,7 @@ nb::object integer_product(const std::string& layout, const Array& data, int row
     const int8_t* codes = checked<int8_t>(x, "x", 2);
     const int tokens = static_cast<int>(x.shape(0));
     checked<int8_t>(x, "x", {tokens, columns});
-    const ptrdiff_t stride = round_up(columns, kCodePad), out_stride = round_up(rows, kTileRows);
+    const ptrdiff_t stride = code_stride(columns), out_stride = round_up(rows, kTileRows);
     AlignedArray<int8_t> padded(static_cast<size_t>(tokens * stride));
     std::vector<int32_t> sums, out(static_cast<size_t>(tokens * out_stride));
     for (int t = 0; t < tokens; ++t) {
@@ -242,7 +242,10 @@ nb::object integer_product(const std::string& layout, const Array& data, int row
         std::copy(row, row + columns, padded.data() + t * stride);
         sums.push_back(std::accumulate(row, row + columns, 0));
     }
-    linear->integer_product({0, rows}, padded.data(), stride, sums.data(), tokens, out.data(), out_stride);
+    Linear::Scratch scratch;
+    linear->reserve(tokens, 1, scratch);
+    linear->integer_product({0, rows}, padded.data(), stride, sums.data(), tokens, out.data(), out_stride,
+                            scratch.panel.data());
     int32_t* result = nullptr;
     nb::object array = new_array(result, {static_cast<size_t>(tokens), static_cast<size_t>(rows)});
     for (int t = 0; t < tokens; ++t)

@@ -8,7 +8,7 @@ namespace tritkit {
 
 extern const Kernels kScalar;
 #if defined(__x86_64__)
-extern const Kernels kAvx2, kAvx512;
+extern const Kernels kAvx2, kAvxVnni, kAvx512;
 #endif
 
 namespace {
@@ -18,6 +18,7 @@ const Kernels* const kTable[] = {
     &kScalar,
 #if defined(__x86_64__)
     &kAvx2,
+    &kAvxVnni,
     &kAvx512,
 #endif
 };
@@ -28,8 +29,7 @@ void inherit(Kernels& to, const Kernels& from) {
         if (!entry) entry = inherited;
     };
     fill(to.quantize_row, from.quantize_row);
-    fill(to.matmul_ternary, from.matmul_ternary);
-    fill(to.matmul_binary, from.matmul_binary);
+    for (int i = 0; i < kTileLayouts; ++i) fill(to.matmul_tiles[i], from.matmul_tiles[i]);
     fill(to.matmul_f32, from.matmul_f32);
     fill(to.matmul_f16, from.matmul_f16);
     fill(to.matmul_bf16, from.matmul_bf16);

@@ -19,101 +19,40 @@ bool supported() {
 
 constexpr int kAhead = 2048;  // bytes from the load to the prefetch, in each of the streams
 
-// One block adds at most 4 fields * 2 products * 2 * 128 (ternary) or 8 * 2 * 1 * 128 (binary) = 2048 to an int16 sum:
-// 16 blocks stay within [-32768, 32512].
-constexpr int kBlocksPerWidening = 16;
-
 ISA_BEGIN("avx2,fma,f16c")
 
-/// Four activation codes, copied to all rows.
-TRITKIT_INLINE __m256i broadcast4(const int8_t* x) {
-    int32_t four;
-    memcpy(&four, x, 4);
-    return _mm256_set1_epi32(four);
-}
+#include "isa_256.h"
 
-/// A vector is half a tile, 8 rows. Vectors 2s and 2s + 1 are the halves of tile + s * distance; a single vector is
-/// the half `first`. vectors * tokens = 4: as many sums as fit into 16 registers.
-template <int bits, int vectors, int tokens>
-void some_tokens(const TileProduct& p, int tile, int distance, int first, int token) {
-    constexpr int fields = 8 / bits;
-    const __m256i mask = _mm256_set1_epi8((1 << bits) - 1), ones = _mm256_set1_epi16(1);
-    const int8_t* x = p.codes + token * p.code_stride;
-    const ptrdiff_t tile_stride = static_cast<ptrdiff_t>(p.blocks) * kBlockBytes;
-    const uint8_t* w[vectors];
-    __m256i sums[vectors][tokens];
-    for (int s = 0; s < vectors; ++s) {
-        w[s] = p.weights + (tile + s / 2 * distance) * tile_stride + (first + s % 2) * (kBlockBytes / 2);
-        for (int t = 0; t < tokens; ++t) sums[s][t] = _mm256_setzero_si256();
+/// Without VNNI a pair of products is an int16 first.
+struct V : Vectors256 {
+    using Narrow = __m256i;
+    static constexpr int kStreams = 2, kFewTokens = 2, kFewTiles = 2, kDirectTokens = 4, kDirectTiles = 1,
+                         kPanelTokens = 4, kPanelTiles = 1;
+    static constexpr bool kUnsignedDot = false;
+    template <int largest>
+    static constexpr bool narrow() {
+        return largest < 64;
     }
-    for (int begin = 0; begin < p.blocks; begin += kBlocksPerWidening) {
-        const int end = begin + kBlocksPerWidening < p.blocks ? begin + kBlocksPerWidening : p.blocks;
-        __m256i narrow[vectors][tokens];
-        for (int s = 0; s < vectors; ++s)
-            for (int t = 0; t < tokens; ++t) narrow[s][t] = _mm256_setzero_si256();
-        for (int b = begin; b < end; ++b, x += 4 * fields) {
-            __m256i v[vectors];
-#pragma GCC unroll 4
-            for (int s = 0; s < vectors; ++s) {
-                if (s % 2 == 0) _mm_prefetch(reinterpret_cast<const char*>(w[s] + kAhead), _MM_HINT_T0);
-                v[s] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w[s]));
-                w[s] += kBlockBytes;
-            }
-#pragma GCC unroll 8
-            for (int f = 0; f < fields; ++f) {
-                __m256i codes[vectors];
-#pragma GCC unroll 4
-                for (int s = 0; s < vectors; ++s) {
-                    codes[s] = _mm256_and_si256(v[s], mask);
-                    v[s] = _mm256_srli_epi16(v[s], bits);
-                }
-#pragma GCC unroll 4
-                for (int t = 0; t < tokens; ++t) {
-                    const __m256i four = broadcast4(x + t * p.code_stride + 4 * f);
-#pragma GCC unroll 4
-                    for (int s = 0; s < vectors; ++s)
-                        narrow[s][t] = _mm256_add_epi16(narrow[s][t], _mm256_maddubs_epi16(codes[s], four));
-                }
-            }
-        }
-        for (int s = 0; s < vectors; ++s)
-            for (int t = 0; t < tokens; ++t)
-                sums[s][t] = _mm256_add_epi32(sums[s][t], _mm256_madd_epi16(narrow[s][t], ones));
+
+    TRITKIT_INLINE __m256i narrow_zero() { return _mm256_setzero_si256(); }
+    TRITKIT_INLINE __m256i dot_narrow(__m256i sum, __m256i codes, __m256i x) {
+        return _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, x));
     }
-    for (int s = 0; s < vectors; ++s) {
-        const int row = (tile + s / 2 * distance - p.tile_begin) * kTileRows + (first + s % 2) * 8;
-        for (int t = 0; t < tokens; ++t) {
-            // The stored codes are w + 1 (ternary) or (w + 1) / 2 (binary).
-            __m256i sum = bits == 1 ? _mm256_slli_epi32(sums[s][t], 1) : sums[s][t];
-            sum = _mm256_sub_epi32(sum, _mm256_set1_epi32(p.sums[token + t]));
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(p.out + (token + t) * p.out_stride + row), sum);
-        }
+    TRITKIT_INLINE __m256i widen(__m256i sum, __m256i narrow) {
+        return _mm256_add_epi32(sum, _mm256_madd_epi16(narrow, _mm256_set1_epi16(1)));
     }
-}
+    /// A pair of products of whole bytes does not fit into an int16: low and high halves of the codes apart.
+    template <int largest>
+    TRITKIT_INLINE __m256i dot(__m256i sum, __m256i codes, __m256i x) {
+        const __m256i mask = _mm256_set1_epi8(15);
+        const __m256i low = _mm256_maddubs_epi16(_mm256_and_si256(codes, mask), x);
+        const __m256i high = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(codes, 4), mask), x);
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(low, _mm256_set1_epi16(1)));
+        return _mm256_add_epi32(sum, _mm256_madd_epi16(high, _mm256_set1_epi16(16)));
+    }
+};
 
-/// All tokens with one tile (distance 0), or with two: tile and tile + distance.
-template <int bits>
-void all_tokens(const TileProduct& p, int tile, int distance) {
-    const int tiles = distance ? 2 : 1;
-    int t = 0;
-    for (; t + 4 <= p.tokens; t += 4)
-        for (int half = 0; half < 2 * tiles; ++half)
-            some_tokens<bits, 1, 4>(p, tile + half / 2 * distance, 0, half % 2, t);
-    for (; t + 2 <= p.tokens; t += 2)
-        for (int s = 0; s < tiles; ++s) some_tokens<bits, 2, 2>(p, tile + s * distance, 0, 0, t);
-    if (t < p.tokens && distance) some_tokens<bits, 4, 1>(p, tile, distance, 0, t);
-    if (t < p.tokens && !distance) some_tokens<bits, 2, 1>(p, tile, 0, 0, t);
-}
-
-template <int bits>
-void matmul_tiles(const TileProduct& p) {
-    const int half = (p.tile_end - p.tile_begin) / 2;
-    for (int i = 0; i < half; ++i) all_tokens<bits>(p, p.tile_begin + i, half);
-    if (p.tile_begin + 2 * half < p.tile_end) all_tokens<bits>(p, p.tile_begin + 2 * half, 0);
-}
-
-void matmul_ternary(const TileProduct& p) { matmul_tiles<2>(p); }
-void matmul_binary(const TileProduct& p) { matmul_tiles<1>(p); }
+#include "tile_kernels.h"
 
 TRITKIT_INLINE float sum8(__m256 v) {
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -238,8 +177,8 @@ const Kernels kAvx2 = {
     "avx2",
     supported,
     quantize_row,
-    matmul_ternary,
-    matmul_binary,
+    {matmul_tiles<V, Bits<1>>, matmul_tiles<V, Bits<2>>, matmul_tiles<V, Trits>, matmul_tiles<V, Bits<4>>,
+     matmul_tiles<V, Bits<8>>},
     matmul_floats<F32>,
     matmul_floats<F16>,
     matmul_floats<BF16>,

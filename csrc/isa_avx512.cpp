@@ -27,137 +27,55 @@ constexpr int kAhead = 2048;  // bytes from the load to the prefetch, in each of
 
 ISA_BEGIN("avx512f,avx512bw,avx512vl,avx512vnni")
 
-// As assembly, since gcc 12 copies and spills around the tied operand of _mm512_dpbusd_epi32.
-TRITKIT_INLINE __m512i dot(__m512i sum, __m512i codes, __m512i x) {
-    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(x));
-    return sum;
-}
-
-/// Four activation codes, copied to all rows.
-TRITKIT_INLINE __m512i broadcast4(const int8_t* x) {
-    int32_t four;
-    memcpy(&four, x, 4);
-    return _mm512_set1_epi32(four);
-}
-
-TRITKIT_INLINE const uint8_t* tile_at(const TileProduct& p, int tile) {
-    return p.weights + static_cast<ptrdiff_t>(tile) * p.blocks * kBlockBytes;
-}
-
-/// The stored codes are w + 1 (ternary) or (w + 1) / 2 (binary).
-template <int bits>
-TRITKIT_INLINE void store_tile(const TileProduct& p, int tile, int token, __m512i sum) {
-    if (bits == 1) sum = _mm512_slli_epi32(sum, 1);
-    sum = _mm512_sub_epi32(sum, _mm512_set1_epi32(p.sums[token]));
-    _mm512_storeu_si512(p.out + token * p.out_stride + (tile - p.tile_begin) * kTileRows, sum);
-}
-
-/// One token: the codes stay where they are in their bytes, so each field has a sum of its own, too large by
-/// 2^(bits * field), and is shifted only at the end. Two instructions for 64 weights.
-template <int bits, int tiles>
-void one_token(const TileProduct& p, int tile, int distance, int token) {
-    constexpr int fields = 8 / bits;
-    const int8_t* x = p.codes + token * p.code_stride;
-    const uint8_t* w[tiles];
-    __m512i sums[tiles][fields], masks[fields];
-    for (int f = 0; f < fields; ++f) masks[f] = _mm512_set1_epi8(static_cast<char>(((1 << bits) - 1) << (bits * f)));
-    for (int s = 0; s < tiles; ++s) {
-        w[s] = tile_at(p, tile + s * distance);
-        for (int f = 0; f < fields; ++f) sums[s][f] = _mm512_setzero_si512();
+/// A block of a tile in one register; tile_kernels.h says what each of these is for.
+struct V {
+    using Bytes = __m512i;
+    using Ints = __m512i;
+    static constexpr int kBytes = 64, kStreams = 4, kFewTokens = 4, kFewTiles = 4, kDirectTokens = 8, kDirectTiles = 2,
+                         kPanelTokens = 6, kPanelTiles = 4;
+    static constexpr bool kUnsignedDot = true;
+    template <int largest>
+    static constexpr bool narrow() {
+        return false;
     }
-    for (int b = 0; b < p.blocks; ++b, x += 4 * fields) {
-        __m512i v[tiles];
-#pragma GCC unroll 4
-        for (int s = 0; s < tiles; ++s) {
-            _mm_prefetch(reinterpret_cast<const char*>(w[s] + kAhead), _MM_HINT_T0);
-            v[s] = _mm512_loadu_si512(w[s]);
-            w[s] += kBlockBytes;
-        }
-#pragma GCC unroll 8
-        for (int f = 0; f < fields; ++f) {
-            const __m512i four = broadcast4(x + 4 * f);
-#pragma GCC unroll 4
-            for (int s = 0; s < tiles; ++s) sums[s][f] = dot(sums[s][f], _mm512_and_si512(v[s], masks[f]), four);
-        }
-    }
-    for (int s = 0; s < tiles; ++s) {
-        __m512i sum = sums[s][0];
-#pragma GCC unroll 8
-        for (int f = 1; f < fields; ++f) sum = _mm512_add_epi32(sum, _mm512_srai_epi32(sums[s][f], bits * f));
-        store_tile<bits>(p, tile + s * distance, token, sum);
-    }
-}
 
-/// Several tokens: each field is shifted down once and used for all of them.
-template <int bits, int tokens, int tiles>
-void some_tokens(const TileProduct& p, int tile, int distance, int token) {
-    constexpr int fields = 8 / bits;
-    const __m512i mask = _mm512_set1_epi8((1 << bits) - 1);
-    const int8_t* x = p.codes + token * p.code_stride;
-    const uint8_t* w[tiles];
-    __m512i sums[tokens][tiles];
-    for (int s = 0; s < tiles; ++s) {
-        w[s] = tile_at(p, tile + s * distance);
-        for (int t = 0; t < tokens; ++t) sums[t][s] = _mm512_setzero_si512();
+    TRITKIT_INLINE __m512i load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+    TRITKIT_INLINE void store_bytes(uint8_t* p, __m512i v) { _mm512_storeu_si512(p, v); }
+    TRITKIT_INLINE __m512i splat(uint8_t byte) { return _mm512_set1_epi8(static_cast<char>(byte)); }
+    TRITKIT_INLINE __m512i both(__m512i a, __m512i b) { return _mm512_and_si512(a, b); }
+    TRITKIT_INLINE __m512i add(__m512i a, __m512i b) { return _mm512_add_epi8(a, b); }
+    template <int n>
+    TRITKIT_INLINE __m512i shift_right(__m512i v) {
+        return _mm512_srli_epi32(v, n);
     }
-    for (int b = 0; b < p.blocks; ++b, x += 4 * fields) {
-        __m512i v[tiles];
-#pragma GCC unroll 4
-        for (int s = 0; s < tiles; ++s) {
-            _mm_prefetch(reinterpret_cast<const char*>(w[s] + kAhead), _MM_HINT_T0);
-            v[s] = _mm512_loadu_si512(w[s]);
-            w[s] += kBlockBytes;
-        }
-#pragma GCC unroll 8
-        for (int f = 0; f < fields; ++f) {
-            __m512i codes[tiles];
-#pragma GCC unroll 4
-            for (int s = 0; s < tiles; ++s) {
-                codes[s] = _mm512_and_si512(v[s], mask);
-                v[s] = _mm512_srli_epi32(v[s], bits);
-            }
-#pragma GCC unroll 8
-            for (int t = 0; t < tokens; ++t) {
-                const __m512i four = broadcast4(x + t * p.code_stride + 4 * f);
-#pragma GCC unroll 4
-                for (int s = 0; s < tiles; ++s) sums[t][s] = dot(sums[t][s], codes[s], four);
-            }
-        }
+    TRITKIT_INLINE __m512i trit(__m512i q) {  // 3 q >= 256, 3 q >= 512
+        const __m512i one = splat(1);
+        const __m512i t = _mm512_maskz_mov_epi8(_mm512_cmpge_epu8_mask(q, splat(86)), one);
+        return _mm512_mask_add_epi8(t, _mm512_cmpge_epu8_mask(q, splat(171)), t, one);
     }
-    for (int t = 0; t < tokens; ++t)
-        for (int s = 0; s < tiles; ++s) store_tile<bits>(p, tile + s * distance, token + t, sums[t][s]);
-}
+    TRITKIT_INLINE __m512i broadcast4(const int8_t* x) {
+        int32_t four;
+        memcpy(&four, x, 4);
+        return _mm512_set1_epi32(four);
+    }
+    // As assembly, since gcc 12 copies and spills around the tied operand of _mm512_dpbusd_epi32.
+    template <int largest>
+    TRITKIT_INLINE __m512i dot(__m512i sum, __m512i codes, __m512i x) {
+        asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(x));
+        return sum;
+    }
 
-/// All tokens with one tile, or with four: tile, tile + distance ... Four long streams use the memory best.
-template <int bits>
-void all_tokens(const TileProduct& p, int tile, int distance) {
-    int t = 0;
-    if (distance == 0) {
-        for (; t + 8 <= p.tokens; t += 8) some_tokens<bits, 8, 1>(p, tile, 0, t);
-        for (; t < p.tokens; ++t) one_token<bits, 1>(p, tile, 0, t);
-        return;
-    }
-    for (; t + 8 <= p.tokens; t += 8) {
-        some_tokens<bits, 8, 2>(p, tile, distance, t);
-        some_tokens<bits, 8, 2>(p, tile + 2 * distance, distance, t);
-    }
-    if (t + 4 <= p.tokens) some_tokens<bits, 4, 4>(p, tile, distance, t), t += 4;
-    if (t + 2 <= p.tokens) some_tokens<bits, 2, 4>(p, tile, distance, t), t += 2;
-    if (t < p.tokens) {
-        constexpr int tiles = 2 * bits;  // 16 sums fill half of the registers
-        for (int s = 0; s < 4; s += tiles) one_token<bits, tiles>(p, tile + s * distance, distance, t);
-    }
-}
+    TRITKIT_INLINE __m512i zero() { return _mm512_setzero_si512(); }
+    TRITKIT_INLINE __m512i splat32(int32_t value) { return _mm512_set1_epi32(value); }
+    TRITKIT_INLINE __m512i plus(__m512i a, __m512i b) { return _mm512_add_epi32(a, b); }
+    TRITKIT_INLINE __m512i minus(__m512i a, __m512i b) { return _mm512_sub_epi32(a, b); }
+    TRITKIT_INLINE __m512i shift_left(__m512i v, int n) { return _mm512_sll_epi32(v, _mm_cvtsi32_si128(n)); }
+    TRITKIT_INLINE __m512i shift_right32(__m512i v, int n) { return _mm512_sra_epi32(v, _mm_cvtsi32_si128(n)); }
+    TRITKIT_INLINE __m512i load32(const int32_t* p) { return _mm512_loadu_si512(p); }
+    TRITKIT_INLINE void store(int32_t* p, __m512i v) { _mm512_storeu_si512(p, v); }
+};
 
-template <int bits>
-void matmul_tiles(const TileProduct& p) {
-    const int quarter = (p.tile_end - p.tile_begin) / 4;
-    for (int i = 0; i < quarter; ++i) all_tokens<bits>(p, p.tile_begin + i, quarter);
-    for (int tile = p.tile_begin + 4 * quarter; tile < p.tile_end; ++tile) all_tokens<bits>(p, tile, 0);
-}
-
-void matmul_ternary(const TileProduct& p) { matmul_tiles<2>(p); }
-void matmul_binary(const TileProduct& p) { matmul_tiles<1>(p); }
+#include "tile_kernels.h"
 
 TRITKIT_INLINE __mmask16 first_lanes(int n) { return static_cast<__mmask16>(n >= 16 ? 0xffff : (1 << n) - 1); }
 
@@ -271,8 +189,15 @@ ISA_END
 
 extern const Kernels kAvx512;
 const Kernels kAvx512 = {
-    "avx512",           supported,          quantize_row,        matmul_ternary,    matmul_binary,
-    matmul_floats<F32>, matmul_floats<F16>, matmul_floats<BF16>, add_weighted_rows,
+    "avx512",
+    supported,
+    quantize_row,
+    {matmul_tiles<V, Bits<1>>, matmul_tiles<V, Bits<2>>, matmul_tiles<V, Trits>, matmul_tiles<V, Bits<4>>,
+     matmul_tiles<V, Bits<8>>},
+    matmul_floats<F32>,
+    matmul_floats<F16>,
+    matmul_floats<BF16>,
+    add_weighted_rows,
 };
 
 }  // namespace tritkit

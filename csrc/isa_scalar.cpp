@@ -25,35 +25,37 @@ float quantize_row(const float* x, int columns, float levels, int8_t* codes, int
     return 1.0f / inverse;
 }
 
-/// The weight of row `r` of a tile at column `k`.
-int ternary_weight(const uint8_t* tile, int r, int k) {
-    const int block = k / 16, field = k / 4 % 4, j = k % 4;
-    return (tile[block * kBlockBytes + 4 * r + j] >> (2 * field) & 3) - 1;
+/// Codes of `bits` bits: field f in bits f * bits ...
+template <int bits>
+int bits_of(int byte, int field) {
+    return byte >> (bits * field) & ((1 << bits) - 1);
 }
 
-int binary_weight(const uint8_t* tile, int r, int k) {
-    const int block = k / 32, field = k / 4 % 8, j = k % 4;
-    return (tile[block * kBlockBytes + 4 * r + j] >> field & 1) ? 1 : -1;
+/// Five trits: each product with 3 brings the next one into the byte above, and leaves the rest below.
+int trit_of(int byte, int field) {
+    for (int f = 0; f < field; ++f) byte = 3 * byte & 255;
+    return 3 * byte >> 8;
 }
 
-template <int (*weight)(const uint8_t*, int, int)>
-void matmul_tiles(const TileProduct& p, int block_columns) {
+template <TileLayout layout, int (*code)(int byte, int field)>
+void matmul_tiles(const TileProduct& p) {
+    constexpr int columns = facts(layout).columns;
     for (int t = 0; t < p.tokens; ++t) {
         const int8_t* x = p.codes + t * p.code_stride;
         int32_t* out = p.out + t * p.out_stride;
         for (int tile = p.tile_begin; tile < p.tile_end; ++tile) {
             const uint8_t* w = p.weights + static_cast<ptrdiff_t>(tile) * p.blocks * kBlockBytes;
-            for (int r = 0; r < kTileRows; ++r) {
+            for (int r = 0; r < kTileRows; ++r, ++out) {
                 int32_t sum = 0;
-                for (int k = 0; k < p.blocks * block_columns; ++k) sum += weight(w, r, k) * x[k];
-                *out++ = sum;
+                for (int k = 0; k < p.blocks * columns; ++k) {
+                    const uint8_t byte = w[k / columns * kBlockBytes + 4 * r + k % 4];
+                    sum += code(byte, k % columns / 4) * x[k];
+                }
+                *out = (p.accumulate ? *out : 0) + sum * (1 << p.shift) - p.offset * p.sums[t];
             }
         }
     }
 }
-
-void matmul_ternary(const TileProduct& p) { matmul_tiles<ternary_weight>(p, kTernaryColumns); }
-void matmul_binary(const TileProduct& p) { matmul_tiles<binary_weight>(p, kBinaryColumns); }
 
 template <class Element, float (*value)(Element)>
 void matmul_floats(const FloatProduct& p) {
@@ -84,8 +86,9 @@ const Kernels kScalar = {
     "scalar",
     supported,
     quantize_row,
-    matmul_ternary,
-    matmul_binary,
+    {matmul_tiles<TileLayout::kT16_1, bits_of<1>>, matmul_tiles<TileLayout::kT16_2, bits_of<2>>,
+     matmul_tiles<TileLayout::kT16_3, trit_of>, matmul_tiles<TileLayout::kT16_4, bits_of<4>>,
+     matmul_tiles<TileLayout::kT16_8, bits_of<8>>},
     matmul_floats<float, identity>,
     matmul_floats<uint16_t, float_from_f16>,
     matmul_floats<uint16_t, float_from_bf16>,

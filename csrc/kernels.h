@@ -2,8 +2,13 @@
 //
 // Run-time layouts "T16": tiles of 16 rows, each tile a run of 64-byte blocks along the columns; byte 4r+j of a block
 // belongs to row r. One 32-bit broadcast of four activation codes then feeds 16 rows, and nothing is summed sideways.
-//   T16-2 (ternary): a block spans 16 columns; bits 2f..2f+1 of byte (r, j) = code + 1 of column 16b + 4f + j.
-//   T16-1 (binary):  a block spans 32 columns; bit f of byte (r, j) = "code is +1" of column 32b + 4f + j.
+// A byte holds the codes of columns that are 4 apart, "fields": field f is column first + 4f + j.
+//   T16-1  32 columns a block; bit f of the byte
+//   T16-2  16 columns; bits 2f..2f+1
+//   T16-3  20 columns; ceil(256 / 243 * sum over f of code * 3^(4-f)), 1.6 bits a code, which is 0, 1 or 2
+//   T16-4   8 columns; bits 4f..4f+3
+//   T16-8   4 columns; the code itself
+// Columns beyond the last one may hold any code: the activations there are zero.
 #pragma once
 
 #include <cstddef>
@@ -15,13 +20,31 @@ namespace tritkit {
 
 constexpr int kTileRows = 16;
 constexpr int kBlockBytes = 64;
-constexpr int kTernaryColumns = 16;  // columns of a T16-2 block
-constexpr int kBinaryColumns = 32;   // columns of a T16-1 block
-constexpr int kFloatPad = 16;        // float rows are padded with zeros to a multiple of this
-constexpr int kCodePad = 64;         // int8 rows likewise
+constexpr int kFloatPad = 16;  // float rows are padded with zeros to a multiple of this
+// The sums of int32 hold for so many columns: 255 * 128 * 32767 * 2 < 2^31, and 256 * 2 * 128 * 32767 (T16-3).
+constexpr int kMaxColumns = 32767;
+constexpr int kPanelTiles = 4;  // at most so many tiles are unpacked at the same time
 
-/// Exact integer products of some tiles with some tokens: out[t][r - 16 * tile_begin] = sum over k of w[r][k] *
-/// x[t][k].
+enum class TileLayout { kT16_1, kT16_2, kT16_3, kT16_4, kT16_8 };
+constexpr int kTileLayouts = 5;
+
+struct TileFacts {
+    const char* name;
+    int columns;  // of a block
+    int levels;   // codes are 0 .. levels - 1
+};
+constexpr TileFacts kTileFacts[kTileLayouts] = {
+    {"t16_1", 32, 2}, {"t16_2", 16, 4}, {"t16_3", 20, 3}, {"t16_4", 8, 16}, {"t16_8", 4, 256}};
+constexpr const TileFacts& facts(TileLayout layout) { return kTileFacts[static_cast<int>(layout)]; }
+inline int blocks_of(TileLayout layout, int columns) {
+    return (columns + facts(layout).columns - 1) / facts(layout).columns;
+}
+
+/// Bytes from one row of int8 activation codes to the next: every layout may read to the end of its last block.
+inline ptrdiff_t code_stride(int columns) { return (static_cast<ptrdiff_t>(columns) + 31 + 63) / 64 * 64; }
+
+/// Exact integer products of some tiles with some tokens: out[t][r - 16 * tile_begin] = (or +=)
+/// sum over k of (2^shift * code[r][k] - offset) * x[t][k].
 struct TileProduct {
     const uint8_t* weights;  // tile 0
     int blocks;              // blocks in a tile
@@ -32,6 +55,9 @@ struct TileProduct {
     int tokens;
     int32_t* out;  // [tokens, out_stride]
     ptrdiff_t out_stride;
+    int shift, offset;
+    bool accumulate;  // add to out
+    uint8_t* panel;   // null, or aligned scratch: kPanelTiles tiles in T16-8
 };
 
 /// Float products of some rows with some tokens: out[t][r - row_begin] = sum over k of w[r][k] * x[t][k].
@@ -58,8 +84,7 @@ struct Kernels {
     /// Stores the sum of the codes and returns the scale, 1 / inverse.
     float (*quantize_row)(const float* x, int columns, float levels, int8_t* codes, int32_t* sum);
 
-    void (*matmul_ternary)(const TileProduct&);
-    void (*matmul_binary)(const TileProduct&);
+    void (*matmul_tiles[kTileLayouts])(const TileProduct&);
     void (*matmul_f32)(const FloatProduct&);
     void (*matmul_f16)(const FloatProduct&);
     void (*matmul_bf16)(const FloatProduct&);

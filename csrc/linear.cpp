@@ -29,7 +29,7 @@ Activations::Activations(int tokens, int columns)
     : tokens_(tokens),
       columns_(columns),
       stride_(round_up(columns, kFloatPad)),
-      code_stride_(round_up(columns, kCodePad)),
+      code_stride_(tritkit::code_stride(columns)),
       x_(static_cast<size_t>(tokens * stride_)) {}
 
 void Activations::reserve(ActivationFormat format) {
@@ -66,10 +66,11 @@ Linear::Linear(const std::string& layout, const void* data, int rows, int column
 }
 
 void Linear::integer_product(Range mine, const int8_t* codes, ptrdiff_t code_stride, const int32_t* sums, int tokens,
-                             int32_t* out, ptrdiff_t out_stride) const {
-    const int blocks = static_cast<int>(tile_bytes(runtime_, columns_) / kBlockBytes);
+                             int32_t* out, ptrdiff_t out_stride, uint8_t* panel) const {
+    const bool ternary = runtime_ == Runtime::kTernary;
+    const TileLayout layout = ternary ? TileLayout::kT16_2 : TileLayout::kT16_1;
     const TileProduct product{weights_.data(),
-                              blocks,
+                              blocks_of(layout, columns_),
                               mine.begin / kTileRows,
                               (mine.end + kTileRows - 1) / kTileRows,
                               codes,
@@ -77,8 +78,12 @@ void Linear::integer_product(Range mine, const int8_t* codes, ptrdiff_t code_str
                               sums,
                               tokens,
                               out,
-                              out_stride};
-    (runtime_ == Runtime::kTernary ? kernels_->matmul_ternary : kernels_->matmul_binary)(product);
+                              out_stride,
+                              ternary ? 0 : 1,
+                              1,
+                              false,
+                              panel};
+    kernels_->matmul_tiles[static_cast<int>(layout)](product);
 }
 
 void Linear::float_product(Range mine, const float* x, ptrdiff_t x_stride, int tokens, float* out,
@@ -98,10 +103,13 @@ void Linear::reserve(int tokens, int threads, Scratch& scratch) const {
     ptrdiff_t size = std::min(tokens, kFewTokens) * largest_share;
     if (tokens > kFewTokens) size = std::max(size, static_cast<ptrdiff_t>(tokens) * kPanelRows);
     auto grow = [&](auto& sums) { sums.resize(std::max(sums.size(), static_cast<size_t>(size))); };
-    if (is_float(runtime_))
+    if (is_float(runtime_)) {
         grow(scratch.floats);
-    else
-        grow(scratch.integers);
+        return;
+    }
+    grow(scratch.integers);
+    const size_t panel = static_cast<size_t>(kPanelTiles * kTileRows * tritkit::code_stride(columns_));
+    if (tokens > 1 && scratch.panel.size() < panel) scratch.panel = AlignedArray<uint8_t>(panel, false);
 }
 
 void Linear::apply(Range mine, const Activations& x, int tokens, float* out, ptrdiff_t out_stride, Write write,
@@ -128,7 +136,7 @@ void Linear::apply(Range mine, const Activations& x, int tokens, float* out, ptr
         } else {
             const Activations::Codes& c = x.codes(activations_);
             integer_product(rows, c.codes.data(), x.code_stride(), c.sums.data(), tokens, scratch.integers.data(),
-                            stride);
+                            stride, scratch.panel.data());
             for (int t = 0; t < tokens; ++t) finish(t, scratch.integers.data() + t * stride, scale_ * c.scales[t]);
         }
     }

@@ -70,6 +70,7 @@ class Linear {
     struct Scratch {
         std::vector<int32_t> integers;
         std::vector<float> floats;
+        AlignedArray<uint8_t> panel;
     };
     /// Makes room for apply() with up to `tokens` tokens on one of `threads` threads; not inside a parallel region.
     void reserve(int tokens, int threads, Scratch& scratch) const;
@@ -79,7 +80,7 @@ class Linear {
 
     /// The bare sums of the integer product, [tokens, round_up(rows, 16)].
     void integer_product(Range mine, const int8_t* codes, ptrdiff_t code_stride, const int32_t* sums, int tokens,
-                         int32_t* out, ptrdiff_t out_stride) const;
+                         int32_t* out, ptrdiff_t out_stride, uint8_t* panel) const;
 
     /// Row r of float weights as floats (an embedding).
     void copy_row(int r, float* out) const;

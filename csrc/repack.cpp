@@ -9,6 +9,8 @@
 namespace tritkit {
 namespace {
 
+constexpr int kTernaryColumns = 16, kBinaryColumns = 32;  // of a block
+
 int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 
 // --- Hugging Face's ternary bytes, uint8 [R, columns] with R = rows / 4, strided along the rows:

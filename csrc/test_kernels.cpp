@@ -43,7 +43,7 @@ std::vector<int32_t> integer_product(const char* layout, const char* isa, int ro
     Runner runner(2, isa);
     const std::vector<uint8_t> source = random_source(source_layout(layout), rows, columns, code);
     const Linear linear(layout, source.data(), rows, columns, 1.0f, "a8", nullptr, runner.pool, runner.kernels);
-    const ptrdiff_t stride = round_up(columns, kCodePad), out_stride = round_up(rows, kTileRows);
+    const ptrdiff_t stride = code_stride(columns), out_stride = round_up(rows, kTileRows);
     AlignedArray<int8_t> codes(static_cast<size_t>(tokens * stride));
     std::vector<int32_t> sums(static_cast<size_t>(tokens)), out(static_cast<size_t>(tokens * out_stride));
     for (int t = 0; t < tokens; ++t) {
@@ -53,7 +53,10 @@ std::vector<int32_t> integer_product(const char* layout, const char* isa, int ro
             sums[static_cast<size_t>(t)] += x;
         }
     }
-    linear.integer_product({0, rows}, codes.data(), stride, sums.data(), tokens, out.data(), out_stride);
+    Linear::Scratch scratch;
+    linear.reserve(tokens, 1, scratch);
+    linear.integer_product({0, rows}, codes.data(), stride, sums.data(), tokens, out.data(), out_stride,
+                           scratch.panel.data());
     std::vector<int32_t> result;  // without the rows that are padding
     for (int t = 0; t < tokens; ++t)
         result.insert(result.end(), out.data() + t * out_stride, out.data() + t * out_stride + rows);
@@ -80,6 +83,47 @@ void test_integers(const char* isa) {
                 }
             }
         }
+    }
+}
+
+/// The kernels over packed bytes, whatever these mean: random ones, and those with the largest codes.
+std::vector<int32_t> tile_product(const char* isa, TileLayout layout, int tiles, int columns, int tokens, bool extreme,
+                                  bool panel) {
+    random_numbers.seed(static_cast<unsigned>(tiles * 31 + columns * 7 + tokens));
+    const int blocks = blocks_of(layout, columns);
+    AlignedArray<uint8_t> weights(static_cast<size_t>(tiles * blocks * kBlockBytes));
+    // Five trits reach 255 only as ceil(242 / 243 * 256).
+    for (size_t i = 0; i < weights.size(); ++i) weights[i] = static_cast<uint8_t>(extreme ? 255 : random_int(0, 255));
+    const ptrdiff_t stride = code_stride(columns);
+    AlignedArray<int8_t> codes(static_cast<size_t>(tokens * stride));
+    std::vector<int32_t> sums(static_cast<size_t>(tokens)), out(static_cast<size_t>(tokens * tiles * kTileRows), 5);
+    for (int t = 0; t < tokens; ++t)
+        for (int k = 0; k < columns; ++k) {
+            const int x = extreme ? (t % 2 ? 127 : -128) : random_int(-128, 127);
+            codes[static_cast<size_t>(t * stride + k)] = static_cast<int8_t>(x);
+            sums[static_cast<size_t>(t)] += x;
+        }
+    AlignedArray<uint8_t> scratch(static_cast<size_t>(kPanelTiles * kTileRows * stride));
+    kernels_for(isa).matmul_tiles[static_cast<int>(layout)]({weights.data(), blocks, 0, tiles, codes.data(), stride,
+                                                             sums.data(), tokens, out.data(), tiles * kTileRows, 1, 3,
+                                                             tokens % 2 == 0, panel ? scratch.data() : nullptr});
+    return out;
+}
+
+void test_tiles(const char* isa) {
+    for (int i = 0; i < kTileLayouts; ++i) {
+        const TileLayout layout = static_cast<TileLayout>(i);
+        for (int tokens = 1; tokens <= 40; ++tokens) {
+            const int tiles = random_int(1, 13), columns = random_int(1, 700);
+            for (bool panel : {false, true})
+                expect(tile_product(isa, layout, tiles, columns, tokens, false, panel) ==
+                           tile_product("scalar", layout, tiles, columns, tokens, false, panel),
+                       facts(layout).name, isa, tiles * kTileRows, columns, tokens);
+        }
+        for (int tokens : {1, 2, 4, 8, 13})
+            expect(tile_product(isa, layout, 3, kMaxColumns, tokens, true, true) ==
+                       tile_product("scalar", layout, 3, kMaxColumns, tokens, true, true),
+                   facts(layout).name, isa, 3 * kTileRows, kMaxColumns, tokens);
     }
 }
 
@@ -120,8 +164,10 @@ std::vector<float> float_product(const char* layout, const char* isa, int rows, 
     for (int t = 0; t < tokens; ++t)
         for (int k = 0; k < columns; ++k) x.row(t)[k] = random_float();
     std::vector<float> out(static_cast<size_t>(tokens) * rows);
+    std::vector<Linear::Scratch> scratches(2);
+    for (Linear::Scratch& scratch : scratches) linear.reserve(tokens, 2, scratch);
     runner.pool.run([&](Team& team) {
-        Linear::Scratch scratch;
+        Linear::Scratch& scratch = scratches[static_cast<size_t>(team.rank)];
         linear.apply(linear.share(team), x, tokens, out.data(), rows, Linear::Write::kStore, scratch);
     });
     return out;
@@ -177,6 +223,7 @@ int main() {
     test_pool();
     for (const std::string& isa : available_isas()) {
         test_integers(isa.c_str());
+        test_tiles(isa.c_str());
         test_quantize(isa.c_str());
         test_floats(isa.c_str());
         std::printf("%s: done\n", isa.c_str());

@@ -1,0 +1,37 @@
+// What the 256-bit instruction sets share: half a block of a tile, 8 rows, in a register. Included inside their
+// regions; tile_kernels.h says what each of these is for.
+
+struct Vectors256 {
+    using Bytes = __m256i;
+    using Ints = __m256i;
+    static constexpr int kBytes = 32;
+
+    TRITKIT_INLINE __m256i load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+    TRITKIT_INLINE void store_bytes(uint8_t* p, __m256i v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+    TRITKIT_INLINE __m256i splat(uint8_t byte) { return _mm256_set1_epi8(static_cast<char>(byte)); }
+    TRITKIT_INLINE __m256i both(__m256i a, __m256i b) { return _mm256_and_si256(a, b); }
+    TRITKIT_INLINE __m256i add(__m256i a, __m256i b) { return _mm256_add_epi8(a, b); }
+    template <int n>
+    TRITKIT_INLINE __m256i shift_right(__m256i v) {
+        return _mm256_srli_epi32(v, n);
+    }
+    TRITKIT_INLINE __m256i trit(__m256i q) {  // 3 q >= 256, 3 q >= 512
+        const __m256i one = splat(1);
+        return add(_mm256_min_epu8(_mm256_subs_epu8(q, splat(85)), one),
+                   _mm256_min_epu8(_mm256_subs_epu8(q, splat(170)), one));
+    }
+    TRITKIT_INLINE __m256i broadcast4(const int8_t* x) {
+        int32_t four;
+        memcpy(&four, x, 4);
+        return _mm256_set1_epi32(four);
+    }
+
+    TRITKIT_INLINE __m256i zero() { return _mm256_setzero_si256(); }
+    TRITKIT_INLINE __m256i splat32(int32_t value) { return _mm256_set1_epi32(value); }
+    TRITKIT_INLINE __m256i plus(__m256i a, __m256i b) { return _mm256_add_epi32(a, b); }
+    TRITKIT_INLINE __m256i minus(__m256i a, __m256i b) { return _mm256_sub_epi32(a, b); }
+    TRITKIT_INLINE __m256i shift_left(__m256i v, int n) { return _mm256_sll_epi32(v, _mm_cvtsi32_si128(n)); }
+    TRITKIT_INLINE __m256i shift_right32(__m256i v, int n) { return _mm256_sra_epi32(v, _mm_cvtsi32_si128(n)); }
+    TRITKIT_INLINE __m256i load32(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+    TRITKIT_INLINE void store(int32_t* p, __m256i v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+};

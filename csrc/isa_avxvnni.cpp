@@ -1,0 +1,64 @@
+// 256-bit kernels with vpdpbusd (AVX-VNNI), which processors without AVX-512 have. The rest is inherited from AVX2.
+#if defined(__x86_64__)
+
+#include <cpuid.h>
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "isa_region.h"
+#include "kernels.h"
+
+namespace tritkit {
+namespace {
+
+bool supported() {
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2")) return false;
+    unsigned a, b, c, d;  // compilers do not all know the name of this feature: leaf 7, subleaf 1, EAX bit 4
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+
+constexpr int kAhead = 2048;  // bytes from the load to the prefetch, in each of the streams
+
+ISA_BEGIN("avx2,avxvnni")
+
+#include "isa_256.h"
+
+struct V : Vectors256 {
+    static constexpr int kStreams = 1, kFewTokens = 2, kFewTiles = 2, kDirectTokens = 4, kDirectTiles = 1,
+                         kPanelTokens = 6, kPanelTiles = 1;
+    static constexpr bool kUnsignedDot = true;
+    template <int largest>
+    static constexpr bool narrow() {
+        return false;
+    }
+    template <int largest>
+    TRITKIT_INLINE __m256i dot(__m256i sum, __m256i codes, __m256i x) {
+        asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(codes), "x"(x));
+        return sum;
+    }
+};
+
+#include "tile_kernels.h"
+
+ISA_END
+
+}  // namespace
+
+extern const Kernels kAvxVnni;
+const Kernels kAvxVnni = {
+    "avxvnni",
+    supported,
+    nullptr,
+    {matmul_tiles<V, Bits<1>>, matmul_tiles<V, Bits<2>>, matmul_tiles<V, Trits>, matmul_tiles<V, Bits<4>>,
+     matmul_tiles<V, Bits<8>>},
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr,
+};
+
+}  // namespace tritkit
+
+#endif
