@@ -211,10 +211,35 @@ void test_pool() {
     }
 }
 
+/// Every item is dealt out once, in loop after loop without a barrier, however long a thread stays away.
+void test_chunks() {
+    for (int threads : {1, 2, 3, 8}) {
+        Pool pool(threads);
+        for (const auto& [n, unit] : {std::pair{0, 4}, {1, 4}, {7, 1}, {100, 16}, {1000, 1}}) {
+            constexpr int kLoops = 20;
+            std::vector<std::atomic<int>> dealt(static_cast<size_t>(kLoops * n));
+            std::atomic<bool> good{true};
+            pool.run([&](Team& team) {
+                for (int loop = 0; loop < kLoops; ++loop) {
+                    if (team.rank == loop % 4) std::this_thread::sleep_for(std::chrono::microseconds(100));
+                    Chunks chunks(team, n, unit);
+                    for (Range r = chunks.next(); !r.empty(); r = chunks.next()) {
+                        if (r.begin % unit || r.begin < 0 || r.end > n) good = false;
+                        for (int i = r.begin; i < r.end; ++i) ++dealt[static_cast<size_t>(loop * n + i)];
+                    }
+                }
+            });
+            for (const std::atomic<int>& count : dealt) good = good && count == 1;
+            expect(good, "chunks", "threads", threads, n, unit);
+        }
+    }
+}
+
 }  // namespace
 
 int main() {
     test_pool();
+    test_chunks();
     test_repack();
     for (const std::string& isa : available_isas()) {
         test_integers(isa.c_str());
