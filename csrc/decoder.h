@@ -93,7 +93,7 @@ class Decoder {
     RotaryTable rotary_;
     KvPages pages_;
     std::shared_ptr<Workspace> workspace_;
-    mutable std::mutex mutex_;  // one call at a time
+    mutable ForkSafeMutex mutex_;  // one call at a time
 };
 
 }  // namespace tritkit

@@ -26,8 +26,8 @@ ISA_BEGIN("avx2,fma,f16c")
 /// Without VNNI a pair of products is an int16 first.
 struct V : Vectors256 {
     using Narrow = __m256i;
-    static constexpr int kStreams = 2, kFewTokens = 2, kFewTiles = 2, kDirectTokens = 4, kDirectTiles = 1,
-                         kPanelTokens = 4, kPanelTiles = 1;
+    static constexpr int kStreams = 2, kFewTokens = 2, kFewTiles = 2, kGroupTokens = 4, kGroupTiles = 1,
+                         kPanelTokens = 4, kPanelTiles = 1, kPanelFrom = 5;
     static constexpr bool kUnsignedDot = false;
     template <int largest>
     static constexpr bool narrow() {

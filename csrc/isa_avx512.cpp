@@ -31,8 +31,9 @@ ISA_BEGIN("avx512f,avx512bw,avx512vl,avx512vnni")
 struct V {
     using Bytes = __m512i;
     using Ints = __m512i;
-    static constexpr int kBytes = 64, kStreams = 4, kFewTokens = 4, kFewTiles = 4, kDirectTokens = 8, kDirectTiles = 2,
-                         kPanelTokens = 6, kPanelTiles = 4;
+    static constexpr int kBytes = 64, kStreams = 4, kFewTokens = 4, kFewTiles = 4, kGroupTokens = 8, kGroupTiles = 2,
+                         kPanelTokens = 6, kPanelTiles = 4,
+                         kPanelFrom = 1 << 30;  // never: taking the codes out for every 8 tokens costs nothing visible
     static constexpr bool kUnsignedDot = true;
     template <int largest>
     static constexpr bool narrow() {

@@ -26,8 +26,8 @@ ISA_BEGIN("avx2,avxvnni")
 #include "isa_256.h"
 
 struct V : Vectors256 {
-    static constexpr int kStreams = 1, kFewTokens = 2, kFewTiles = 2, kDirectTokens = 4, kDirectTiles = 1,
-                         kPanelTokens = 6, kPanelTiles = 1;
+    static constexpr int kStreams = 1, kFewTokens = 2, kFewTiles = 2, kGroupTokens = 4, kGroupTiles = 1,
+                         kPanelTokens = 6, kPanelTiles = 1, kPanelFrom = 5;
     static constexpr bool kUnsignedDot = true;
     template <int largest>
     static constexpr bool narrow() {

@@ -62,7 +62,7 @@ Linear::Linear(const std::string& layout, const void* data, int rows, int column
         throw std::invalid_argument("activations is '" + activations + "' for layout " + layout + ", expected " +
                                     (is_float(runtime_) ? "None" : "a8 or a8_q128"));
     if (bias) bias_.assign(bias, bias + rows);
-    weights_ = repack(source_layout(layout), data, rows, columns, pool);
+    weights_ = repack(source_layout(layout), runtime_, data, rows, columns, pool);
 }
 
 void Linear::integer_product(Range mine, const int8_t* codes, ptrdiff_t code_stride, const int32_t* sums, int tokens,

@@ -9,63 +9,67 @@
 namespace tritkit {
 namespace {
 
-constexpr int kTernaryColumns = 16, kBinaryColumns = 32;  // of a block
+constexpr int kGroupColumns = 4;    // columns of a group of codes
+constexpr int kPanelColumns = 320;  // codes of four tiles stay in the first cache; a multiple of every block's columns
 
 int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
+
+int one_tile(int) { return 1; }
+
+/// Four codes of row `row` of a tile.
+void put(uint8_t* codes, int group, int row, uint32_t word) {
+    std::memcpy(codes + group * kBlockBytes + 4 * row, &word, sizeof word);
+}
 
 // --- Hugging Face's ternary bytes, uint8 [R, columns] with R = rows / 4, strided along the rows:
 //     bits 2i..2i+1 of byte (r, c) hold code + 1 of row i * R + r.
 
 int64_t hf_ternary_bytes(int rows, int columns) { return ceil_div(rows, 4) * columns; }
 
-/// Bits 2i..2i+1 of four bytes at once, moved to bits 0..1 of each.
-uint32_t take_field(const uint8_t* bytes, int count, int i) {
-    uint32_t word = 0;
-    std::memcpy(&word, bytes, count);
-    return word >> (2 * i) & 0x03030303u;
+/// Where R is whole tiles, 16 rows of bytes are four tiles of weights.
+int hf_ternary_together(int rows) { return rows % (4 * kTileRows) == 0 ? 4 : 1; }
+
+/// Four bytes, those beyond `count` filled with codes of 0.
+uint32_t hf_word(const uint8_t* bytes, int count) {
+    uint32_t word = 0x55555555u;
+    std::memcpy(&word, bytes, static_cast<size_t>(std::min(count, 4)));
+    return word;
 }
 
-bool move_hf_ternary(const uint8_t* source, int rows, int columns, int tile, uint8_t* out) {
-    const int packed_rows = static_cast<int>(ceil_div(rows, 4));
+bool unpack_hf_ternary(const SourcePart& p, uint8_t* codes) {
+    const bool four = hf_ternary_together(p.rows) == 4;
+    const int packed_rows = static_cast<int>(ceil_div(p.rows, 4));
+    const int columns = std::min(p.count, p.columns - p.begin);
     uint32_t bad = 0;
-    for (int r = 0; r < kTileRows && tile * kTileRows + r < rows; ++r) {
-        const int row = tile * kTileRows + r, i = row / packed_rows;
-        const uint8_t* from = source + static_cast<ptrdiff_t>(row % packed_rows) * columns;
-        for (int k = 0; k < columns; k += kTernaryColumns) {
-            uint32_t word = 0;
-            for (int field = 0; field < 4 && k + 4 * field < columns; ++field) {
-                const int at = k + 4 * field;
-                word |= take_field(from + at, std::min(4, columns - at), i) << (2 * field);
+    for (int r = 0; r < kTileRows && p.tile * kTileRows + r < p.rows; ++r) {
+        const int row = p.tile * kTileRows + r, field = row / packed_rows;
+        const uint8_t* from = p.source + static_cast<ptrdiff_t>(row % packed_rows) * p.columns + p.begin;
+        for (int k = 0; k < columns; k += kGroupColumns) {
+            const uint32_t bytes = hf_word(from + k, columns - k);
+            for (int i = 0; i < (four ? 4 : 1); ++i) {
+                const uint32_t word = bytes >> (2 * (field + i)) & 0x03030303u;
+                bad |= word & word >> 1;  // code + 1 == 3
+                put(codes + i * p.spacing, k / kGroupColumns, r, word);
             }
-            bad |= word & word >> 1 & 0x55555555u;  // code + 1 == 3
-            std::memcpy(out + k / kTernaryColumns * kBlockBytes + 4 * r, &word, 4);
         }
     }
-    return bad == 0;
+    return (bad & 0x01010101u) == 0;
 }
 
 // --- Signs along the rows, uint8 [rows, columns / 8]: bit j of byte (r, b) is set if code (r, 8b + j) is +1.
 
 int64_t binary_rows_bytes(int rows, int columns) { return rows * ceil_div(columns, 8); }
 
-/// Bits 0, 4, 8 ... 28 of a word, moved together.
-uint32_t every_fourth_bit(uint32_t word) {
-    word &= 0x11111111u;
-    word = (word | word >> 3) & 0x03030303u;
-    word = (word | word >> 6) & 0x000f000fu;
-    return (word | word >> 12) & 0xffu;
-}
+/// Bit j of four, moved to bit 0 of byte j.
+uint32_t spread_bits(uint32_t bits) { return (bits & 15) * 0x00204081u & 0x01010101u; }
 
-bool move_binary_rows(const uint8_t* source, int rows, int columns, int tile, uint8_t* out) {
-    const int row_bytes = static_cast<int>(ceil_div(columns, 8));
-    for (int r = 0; r < kTileRows && tile * kTileRows + r < rows; ++r) {
-        const uint8_t* from = source + static_cast<ptrdiff_t>(tile * kTileRows + r) * row_bytes;
-        for (int at = 0; at < row_bytes; at += 4) {
-            uint32_t signs = 0;  // bit k: column 8 * at + k
-            for (int i = 0; i < 4 && at + i < row_bytes; ++i) signs |= static_cast<uint32_t>(from[at + i]) << (8 * i);
-            uint8_t* to = out + at / 4 * kBlockBytes + 4 * r;
-            for (int j = 0; j < 4; ++j) to[j] = static_cast<uint8_t>(every_fourth_bit(signs >> j));
-        }
+bool unpack_binary_rows(const SourcePart& p, uint8_t* codes) {
+    const ptrdiff_t row_bytes = ceil_div(p.columns, 8);
+    const int columns = std::min(p.count, p.columns - p.begin);
+    for (int r = 0; r < kTileRows && p.tile * kTileRows + r < p.rows; ++r) {
+        const uint8_t* from = p.source + (p.tile * kTileRows + r) * row_bytes + p.begin / 8;
+        for (int k = 0; k < columns; k += kGroupColumns)
+            put(codes, k / kGroupColumns, r, spread_bits(from[k / 8] >> k % 8));
     }
     return true;
 }
@@ -77,24 +81,100 @@ int64_t float_bytes(int rows, int columns) {
     return static_cast<int64_t>(rows) * columns * bytes;
 }
 
-template <int bytes>
-bool move_floats(const uint8_t* source, int rows, int columns, int tile, uint8_t* out) {
-    const ptrdiff_t from_stride = static_cast<ptrdiff_t>(columns) * bytes,
-                    to_stride = round_up(columns, kFloatPad) * bytes;
-    for (int r = 0; r < kTileRows && tile * kTileRows + r < rows; ++r)
-        std::memcpy(out + r * to_stride, source + (tile * kTileRows + r) * from_stride, from_stride);
-    return true;
+// A new layout of a file is two functions and one row here.
+const SourceLayout kSources[] = {
+    {"hf_autobitlinear", Runtime::kTernary, hf_ternary_bytes, hf_ternary_together, unpack_hf_ternary},
+    {"hf_bitlinear", Runtime::kTernary, hf_ternary_bytes, hf_ternary_together, unpack_hf_ternary},
+    {"binary_rows", Runtime::kBinary, binary_rows_bytes, one_tile, unpack_binary_rows},
+    {"f32", Runtime::kF32, float_bytes<4>, one_tile, nullptr},
+    {"f16", Runtime::kF16, float_bytes<2>, one_tile, nullptr},
+    {"bf16", Runtime::kBf16, float_bytes<2>, one_tile, nullptr},
+};
+
+// --- Run-time layouts: each block from the groups of its columns.
+
+/// bits / group: of each code, from the lowest bit of a byte up.
+template <int bits>
+void pack_fields(const uint8_t* codes, int blocks, uint8_t* out) {
+    constexpr int kFields = 8 / bits;
+    for (int b = 0; b < blocks; ++b, codes += kFields * kBlockBytes, out += kBlockBytes) {
+        for (int i = 0; i < kBlockBytes; ++i) {
+            unsigned byte = codes[i];
+            for (int f = 1; f < kFields; ++f) byte |= static_cast<unsigned>(codes[f * kBlockBytes + i]) << (bits * f);
+            out[i] = static_cast<uint8_t>(byte);
+        }
+    }
 }
 
-// A new layout of a file is one function and one row here.
-const SourceLayout kSources[] = {
-    {"hf_autobitlinear", Runtime::kTernary, hf_ternary_bytes, move_hf_ternary},
-    {"hf_bitlinear", Runtime::kTernary, hf_ternary_bytes, move_hf_ternary},
-    {"binary_rows", Runtime::kBinary, binary_rows_bytes, move_binary_rows},
-    {"f32", Runtime::kF32, float_bytes<4>, move_floats<4>},
-    {"f16", Runtime::kF16, float_bytes<2>, move_floats<2>},
-    {"bf16", Runtime::kBf16, float_bytes<2>, move_floats<2>},
+/// Five trits t_0 ... t_4 are v = sum of t_f 3^(4-f) <= 242; the byte ceil(v * 256 / 243) keeps them as a fraction.
+void pack_base3(const uint8_t* codes, int blocks, uint8_t* out) {
+    for (int b = 0; b < blocks; ++b, codes += 5 * kBlockBytes, out += kBlockBytes) {
+        for (int i = 0; i < kBlockBytes; ++i) {
+            unsigned v = codes[i];
+            for (int f = 1; f < 5; ++f) v = 3 * v + codes[f * kBlockBytes + i];
+            out[i] = static_cast<uint8_t>((v * 256 + 242) / 243);
+        }
+    }
+}
+
+struct RuntimeLayout {
+    Runtime runtime;
+    Runtime codes;  // the kind of codes it holds, named by the layout that fits every machine
+    TileLayout tile;
+    uint8_t zero;  // a code of no weight
+    void (*pack)(const uint8_t* codes, int blocks, uint8_t* out);
 };
+
+// A new run-time layout is one function and one row here.
+const RuntimeLayout kRuntimes[] = {
+    {Runtime::kTernary, Runtime::kTernary, TileLayout::kT16_2, 1, pack_fields<2>},
+    {Runtime::kTernary3, Runtime::kTernary, TileLayout::kT16_3, 1, pack_base3},
+    {Runtime::kBinary, Runtime::kBinary, TileLayout::kT16_1, 0, pack_fields<1>},
+    {Runtime::kInt4, Runtime::kInt4, TileLayout::kT16_4, 8, pack_fields<4>},
+    {Runtime::kInt8, Runtime::kInt8, TileLayout::kT16_8, 128, pack_fields<8>},
+};
+
+const RuntimeLayout& runtime_layout(Runtime runtime) {
+    for (const RuntimeLayout& row : kRuntimes)
+        if (row.runtime == runtime) return row;
+    throw std::invalid_argument("a layout of floats has no blocks");
+}
+
+int float_size(Runtime runtime) { return runtime == Runtime::kF32 ? 4 : 2; }
+
+void copy_rows(Runtime runtime, const uint8_t* source, int rows, int columns, int tile, uint8_t* out) {
+    const ptrdiff_t from = static_cast<ptrdiff_t>(columns) * float_size(runtime),
+                    to = round_up(columns, kFloatPad) * float_size(runtime);
+    for (int r = 0; r < kTileRows; ++r, out += to) {
+        const int row = tile * kTileRows + r;
+        const ptrdiff_t filled = row < rows ? from : 0;
+        if (filled) std::memcpy(out, source + row * from, static_cast<size_t>(filled));
+        std::memset(out + filled, 0, static_cast<size_t>(to - filled));
+    }
+}
+
+/// All tiles that share their bytes with `tile`, panel by panel. `codes` has room for a panel of each.
+bool move_tiles(const SourceLayout& from, const RuntimeLayout& to, SourcePart part, int tiles, uint8_t* codes,
+                uint8_t* out) {
+    const int together = from.tiles_together(part.rows);
+    const int64_t bytes = tile_bytes(to.runtime, part.columns);
+    bool good = true;
+    for (part.begin = 0; part.begin < part.columns; part.begin += kPanelColumns) {
+        const int block_columns = facts(to.tile).columns;
+        const int blocks = blocks_of(to.tile, std::min(kPanelColumns, part.columns - part.begin));
+        part.count = blocks * block_columns;
+        part.spacing = static_cast<ptrdiff_t>(kPanelColumns) * kTileRows;
+        const bool whole = part.begin + part.count <= part.columns && (part.tile + 1) * kTileRows <= part.rows;
+        if (!whole) std::memset(codes, to.zero, static_cast<size_t>(together * part.spacing));
+        good = from.unpack(part, codes) && good;
+        for (int i = 0; i < together; ++i) {
+            const int tile = part.tile + i * (tiles / together);
+            to.pack(codes + i * part.spacing, blocks,
+                    out + tile * bytes + static_cast<int64_t>(part.begin / block_columns) * kBlockBytes);
+        }
+    }
+    return good;
+}
 
 }  // namespace
 
@@ -107,30 +187,32 @@ const SourceLayout& source_layout(const std::string& name) {
     throw std::invalid_argument("layout is '" + name + "', expected one of " + known);
 }
 
+TileLayout tile_layout(Runtime layout) { return runtime_layout(layout).tile; }
+
 int64_t tile_bytes(Runtime layout, int columns) {
-    switch (layout) {
-        case Runtime::kTernary:
-            return ceil_div(columns, kTernaryColumns) * kBlockBytes;
-        case Runtime::kBinary:
-            return ceil_div(columns, kBinaryColumns) * kBlockBytes;
-        case Runtime::kF32:
-            return kTileRows * round_up(columns, kFloatPad) * 4;
-        default:
-            return kTileRows * round_up(columns, kFloatPad) * 2;
-    }
+    if (is_float(layout)) return kTileRows * round_up(columns, kFloatPad) * float_size(layout);
+    return static_cast<int64_t>(blocks_of(tile_layout(layout), columns)) * kBlockBytes;
 }
 
-AlignedArray<uint8_t> repack(const SourceLayout& layout, const void* source, int rows, int columns, Pool& pool) {
-    const int tiles = static_cast<int>(ceil_div(rows, kTileRows));
-    const int64_t bytes = tile_bytes(layout.runtime, columns);
-    AlignedArray<uint8_t> out(static_cast<size_t>(tiles * bytes), false);
+AlignedArray<uint8_t> repack(const SourceLayout& layout, Runtime runtime, const void* source, int rows, int columns,
+                             Pool& pool) {
+    if (is_float(runtime) ? runtime != layout.runtime : runtime_layout(runtime).codes != layout.runtime)
+        throw std::invalid_argument(std::string(layout.name) + " data does not go into this run-time layout");
+    const auto* bytes = static_cast<const uint8_t*>(source);
+    const int tiles = static_cast<int>(ceil_div(rows, kTileRows)), together = layout.tiles_together(rows);
+    const int64_t tile_size = tile_bytes(runtime, columns);
+    AlignedArray<uint8_t> out(static_cast<size_t>(tiles * tile_size), false);
+    const size_t panel = static_cast<size_t>(4 * kPanelColumns * kTileRows);
+    AlignedArray<uint8_t> panels(is_float(runtime) ? 0 : panel * static_cast<size_t>(pool.size()), false);
     std::atomic<bool> good{true};
     pool.run([&](Team& team) {
-        const Range mine = team.share(tiles);
+        const Range mine = team.share(tiles / together);
         for (int tile = mine.begin; tile < mine.end; ++tile) {
-            uint8_t* to = out.data() + tile * bytes;
-            std::memset(to, 0, static_cast<size_t>(bytes));
-            if (!layout.move_tile(static_cast<const uint8_t*>(source), rows, columns, tile, to)) good = false;
+            if (is_float(runtime))
+                copy_rows(runtime, bytes, rows, columns, tile, out.data() + tile * tile_size);
+            else if (!move_tiles(layout, runtime_layout(runtime), {bytes, rows, columns, tile, 0, 0, 0}, tiles,
+                                 panels.data() + panel * static_cast<size_t>(team.rank), out.data()))
+                good = false;
         }
     });
     if (!good) throw std::invalid_argument(std::string(layout.name) + " data holds a code that is not -1, 0 or +1");

@@ -1,34 +1,57 @@
 // From the bytes of a file to the bytes that the kernels read. Done once, at load, by all threads.
+//
+// In two steps that know nothing of each other. A layout of a file unpacks a tile of 16 rows to codes, one byte each;
+// a run-time layout packs that tile. The codes lie in the order that all T16 layouts share, 16 rows by 4 columns in 64
+// bytes: byte 4r+j of group g is the code of row r, column 4g+j. So to pack is to combine whole groups.
 #pragma once
 
 #include <cstdint>
 #include <string>
 
+#include "kernels.h"
 #include "memory.h"
 #include "threads.h"
 
 namespace tritkit {
 
-enum class Runtime { kTernary, kBinary, kF32, kF16, kBf16 };  // T16-2, T16-1, padded rows of floats
+/// T16-2, T16-3 (ternary), T16-1 (binary), T16-4, T16-8 (integers with one scale for each row), padded rows of floats.
+enum class Runtime { kTernary, kTernary3, kBinary, kInt4, kInt8, kF32, kF16, kBf16 };
 
 inline bool is_float(Runtime layout) { return layout >= Runtime::kF32; }
 
-/// A layout of a file: how many bytes a matrix has there, and how a tile (16 rows) of it is moved.
+/// Some columns of some tiles of a matrix in a file.
+struct SourcePart {
+    const uint8_t* source;  // of the whole matrix
+    int rows, columns;
+    int tile;           // the first one; the others follow as tiles_together says
+    int begin, count;   // columns; the count may go beyond the last one
+    ptrdiff_t spacing;  // bytes from the codes of a tile to those of the next
+};
+
+/// A layout of a file: how many bytes a matrix has there, and how they become codes.
 struct SourceLayout {
     const char* name;
-    Runtime runtime;
+    Runtime runtime;  // that fits every machine
     int64_t (*source_bytes)(int rows, int columns);
-    /// Writes rows 16 * tile ... into a zeroed tile. False if the source holds a code that the format does not have.
-    bool (*move_tile)(const uint8_t* source, int rows, int columns, int tile, uint8_t* out);
+    /// How many tiles share their bytes and are unpacked together: tiles t, t + n, t + 2n ... with n = tiles / this.
+    int (*tiles_together)(int rows);
+    /// Writes what exists of the part over codes that mean nothing. False if it holds a code that the format does not
+    /// have. Null for floats, which are copied.
+    bool (*unpack)(const SourcePart& part, uint8_t* codes);
 };
 
 /// Throws std::invalid_argument with the known names.
 const SourceLayout& source_layout(const std::string& name);
 
+/// How the tiles of a run-time layout look to the kernels. Not for floats.
+TileLayout tile_layout(Runtime layout);
+
 /// Bytes of one tile in the run-time layout.
 int64_t tile_bytes(Runtime layout, int columns);
 
-/// `source` must hold source_bytes(rows, columns) bytes. Throws std::invalid_argument on codes out of range.
-AlignedArray<uint8_t> repack(const SourceLayout& layout, const void* source, int rows, int columns, Pool& pool);
+/// `source` must hold source_bytes(rows, columns) bytes. Throws std::invalid_argument on codes out of range, and where
+/// the run-time layout cannot hold the codes of the source.
+AlignedArray<uint8_t> repack(const SourceLayout& layout, Runtime runtime, const void* source, int rows, int columns,
+                             Pool& pool);
 
 }  // namespace tritkit

@@ -36,6 +36,45 @@ std::vector<uint8_t> random_source(const SourceLayout& layout, int rows, int col
     return bytes;
 }
 
+/// Codes, one by one, as the definitions of the file layouts say.
+int source_code(const SourceLayout& layout, const std::vector<uint8_t>& source, int rows, int columns, int r, int k) {
+    if (layout.runtime == Runtime::kBinary)
+        return source[static_cast<size_t>(r * ((columns + 7) / 8) + k / 8)] >> k % 8 & 1;
+    const int packed_rows = (rows + 3) / 4;
+    return source[static_cast<size_t>(r % packed_rows * columns + k)] >> 2 * (r / packed_rows) & 3;
+}
+
+/// Codes as the drawings of the run-time layouts in kernels.h say.
+int runtime_code(Runtime runtime, const uint8_t* tile, int r, int k) {
+    auto byte = [&](int block_columns) { return tile[k / block_columns * kBlockBytes + 4 * r + k % 4]; };
+    if (runtime == Runtime::kTernary) return byte(16) >> 2 * (k / 4 % 4) & 3;
+    if (runtime == Runtime::kBinary) return byte(32) >> k / 4 % 8 & 1;
+    int fraction = byte(20);  // of 256: each digit comes out at the top when multiplied by 3
+    for (int f = 0; f < k / 4 % 5; ++f) fraction = fraction * 3 % 256;
+    return fraction * 3 / 256;
+}
+
+void test_repack() {
+    Pool pool(3);
+    const std::pair<const char*, Runtime> ways[] = {
+        {"hf_bitlinear", Runtime::kTernary}, {"hf_bitlinear", Runtime::kTernary3}, {"binary_rows", Runtime::kBinary}};
+    for (const auto& [name, runtime] : ways) {
+        for (const auto& [rows, columns] :
+             {std::pair{1, 1}, {16, 40}, {64, 320}, {100, 321}, {192, 1003}, {130, 639}}) {
+            const SourceLayout& layout = source_layout(name);
+            const std::vector<uint8_t> source = random_source(layout, rows, columns, -1);
+            const AlignedArray<uint8_t> packed = repack(layout, runtime, source.data(), rows, columns, pool);
+            bool good = true;
+            for (int r = 0; r < rows; ++r)
+                for (int k = 0; k < columns; ++k)
+                    good = good &&
+                           source_code(layout, source, rows, columns, r, k) ==
+                               runtime_code(runtime, packed.data() + r / 16 * tile_bytes(runtime, columns), r % 16, k);
+            expect(good, name, "repack", rows, columns, static_cast<int>(runtime));
+        }
+    }
+}
+
 /// value: of all activations, or 1000 for random ones. code: of all weights, or -1 for random ones.
 std::vector<int32_t> integer_product(const char* layout, const char* isa, int rows, int columns, int tokens, int value,
                                      int code) {
@@ -217,10 +256,36 @@ void test_pool() {
     }
 }
 
+/// Every item is dealt out once, in loop after loop without a barrier, however long a thread stays away.
+void test_chunks() {
+    for (int threads : {1, 2, 3, 8}) {
+        Pool pool(threads);
+        for (const auto& [n, unit] : {std::pair{0, 4}, {1, 4}, {7, 1}, {100, 16}, {1000, 1}}) {
+            constexpr int kLoops = 20;
+            std::vector<std::atomic<int>> dealt(static_cast<size_t>(kLoops * n));
+            std::atomic<bool> good{true};
+            pool.run([&](Team& team) {
+                for (int loop = 0; loop < kLoops; ++loop) {
+                    if (team.rank == loop % 4) std::this_thread::sleep_for(std::chrono::microseconds(100));
+                    Chunks chunks(team, n, unit);
+                    for (Range r = chunks.next(); !r.empty(); r = chunks.next()) {
+                        if (r.begin % unit || r.begin < 0 || r.end > n) good = false;
+                        for (int i = r.begin; i < r.end; ++i) ++dealt[static_cast<size_t>(loop * n + i)];
+                    }
+                }
+            });
+            for (const std::atomic<int>& count : dealt) good = good && count == 1;
+            expect(good, "chunks", "threads", threads, n, unit);
+        }
+    }
+}
+
 }  // namespace
 
 int main() {
     test_pool();
+    test_chunks();
+    test_repack();
     for (const std::string& isa : available_isas()) {
         test_integers(isa.c_str());
         test_tiles(isa.c_str());

@@ -1,8 +1,11 @@
 #include "threads.h"
 
+#include <pthread.h>
+
 #include <chrono>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 
 #if defined(__linux__)
 #include <sched.h>
@@ -49,14 +52,105 @@ void Signal::wait_beyond(uint32_t seen) {
     --sleepers_;
 }
 
+// Counts who is inside. A fork waits until nobody is and keeps the gate shut until it is done.
+namespace {
+
+struct Gate {
+    std::mutex mutex;
+    std::condition_variable left;
+    int inside = 0;
+};
+Gate* gate = nullptr;  // never freed: a process may fork while it exits
+std::atomic<unsigned> forks{0};
+
+void before_fork() {
+    std::unique_lock lock(gate->mutex);
+    gate->left.wait(lock, [] { return gate->inside == 0; });
+    lock.release();
+}
+
+void after_fork_in_parent() { gate->mutex.unlock(); }
+
+void after_fork_in_child() {
+    new (&gate->left) std::condition_variable;  // threads that waited there do not exist any more
+    forks.fetch_add(1);
+    gate->mutex.unlock();
+}
+
+void watch_forks() {
+    static std::once_flag once;
+    std::call_once(once, [] {
+        gate = new Gate;
+        pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
+    });
+}
+
+}  // namespace
+
+void ForkSafeMutex::lock() {
+    watch_forks();
+    {
+        std::lock_guard lock(gate->mutex);
+        ++gate->inside;
+    }
+    mutex_.lock();
+}
+
+void ForkSafeMutex::unlock() {
+    mutex_.unlock();
+    std::lock_guard lock(gate->mutex);
+    if (--gate->inside == 0) gate->left.notify_all();
+}
+
+/// The threads of a pool and what they share.
+struct Pool::Crew {
+    explicit Crew(Pool& pool);
+    ~Crew() { leave(); }
+    void work(Pool& pool, int rank);
+    void leave();
+
+    const std::function<void(Team&)>* body = nullptr;  // null: time to go
+    Signal start, meet;
+    std::atomic<int> arrived{0};
+    std::atomic<uint64_t> dealt{0};  // number of a loop << 32 | its first item that nobody has
+    std::vector<std::thread> workers;
+};
+
+Pool::Crew::Crew(Pool& pool) {
+    try {
+        for (int rank = 1; rank < pool.size_; ++rank) workers.emplace_back([this, &pool, rank] { work(pool, rank); });
+    } catch (const std::system_error&) {
+        leave();
+        throw std::runtime_error("the system refused thread " + std::to_string(workers.size() + 2) + " of " +
+                                 std::to_string(pool.size_));
+    }
+}
+
+void Pool::Crew::work(Pool& pool, int rank) {
+    for (uint32_t seen = 0;; ++seen) {
+        start.wait_beyond(seen);
+        if (!body) return;
+        Team team{pool, rank, pool.size_};
+        (*body)(team);
+        team.barrier();
+    }
+}
+
+void Pool::Crew::leave() {
+    body = nullptr;
+    start.advance();
+    for (std::thread& worker : workers) worker.join();
+}
+
 void Team::barrier() {
     if (size == 1) return;
-    const uint32_t seen = pool.meet_.load();
-    if (pool.arrived_.fetch_add(1) + 1 == size) {
-        pool.arrived_.store(0);
-        pool.meet_.advance();
+    Pool::Crew& crew = *pool.crew_;
+    const uint32_t seen = crew.meet.load();
+    if (crew.arrived.fetch_add(1) + 1 == size) {
+        crew.arrived.store(0);
+        crew.meet.advance();
     } else {
-        pool.meet_.wait_beyond(seen);
+        crew.meet.wait_beyond(seen);
     }
 }
 
@@ -67,36 +161,55 @@ Range Team::share(int n, int unit) const {
     return {begin < n ? begin : n, end < n ? end : n};
 }
 
+Chunks::Chunks(Team& team, int n, int unit)
+    : dealt_(team.pool.crew_->dealt), loop_(++team.loops), n_(n), unit_(unit), size_(team.size) {}
+
+Range Chunks::next() {
+    uint64_t seen = dealt_.load(std::memory_order_relaxed);
+    for (;;) {
+        // A thread goes on to the next loop only when nothing is left of this one.
+        const uint32_t loop = static_cast<uint32_t>(seen >> 32);
+        if (loop > loop_) return {n_, n_};
+        const int begin = loop == loop_ ? static_cast<int>(seen & 0xffffffffu) : 0, left = n_ - begin;
+        if (left <= 0) return {n_, n_};
+        const int64_t units = (static_cast<int64_t>(left) + unit_ - 1) / unit_;
+        const int64_t count = (size_ == 1 ? units : (units + 2 * size_ - 1) / (2 * size_)) * unit_;
+        const int end = count < left ? begin + static_cast<int>(count) : n_;
+        if (dealt_.compare_exchange_weak(seen, static_cast<uint64_t>(loop_) << 32 | static_cast<uint32_t>(end),
+                                         std::memory_order_relaxed))
+            return {begin, end};
+    }
+}
+
 Pool::Pool(int threads) : size_(threads == 0 ? usable_cores() : threads) {
     if (size_ < 1 || size_ > kMaxThreads)
         throw std::invalid_argument("threads is " + std::to_string(threads) + ", expected 0 (all usable cores) to " +
                                     std::to_string(kMaxThreads));
-    for (int rank = 1; rank < size_; ++rank) workers_.emplace_back([this, rank] { work(rank); });
+    watch_forks();
+    process_ = forks.load();
+    crew_ = std::make_unique<Crew>(*this);
 }
 
 Pool::~Pool() {
-    body_ = nullptr;
-    start_.advance();
-    for (std::thread& worker : workers_) worker.join();
+    if (crew_is_gone()) static_cast<void>(crew_.release());
 }
+
+/// A crew that is gone is let go of, not destroyed: there is nobody to join.
+bool Pool::crew_is_gone() const { return process_ != forks.load(); }
 
 void Pool::run(const std::function<void(Team&)>& body) {
     std::lock_guard lock(one_region_);
-    body_ = &body;
-    start_.advance();
+    if (crew_is_gone()) {
+        static_cast<void>(crew_.release());
+        process_ = forks.load();
+        crew_ = std::make_unique<Crew>(*this);
+    }
+    crew_->body = &body;
+    crew_->dealt.store(0, std::memory_order_relaxed);
+    crew_->start.advance();
     Team team{*this, 0, size_};
     body(team);
-    team.barrier();  // nobody reads body_ any more
-}
-
-void Pool::work(int rank) {
-    Team team{*this, rank, size_};
-    for (uint32_t seen = 0;; ++seen) {
-        start_.wait_beyond(seen);
-        if (!body_) return;
-        (*body_)(team);
-        team.barrier();
-    }
+    team.barrier();  // nobody reads the body any more
 }
 
 int usable_cores() {

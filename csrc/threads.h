@@ -6,6 +6,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -31,18 +32,47 @@ class Signal {
     std::condition_variable wake_;
 };
 
+/// A mutex that a fork of the process waits for, so that the child never finds it locked or what it guards half-done.
+class ForkSafeMutex {
+ public:
+    void lock();
+    void unlock();
+
+ private:
+    std::mutex mutex_;
+};
+
 class Pool;
 
 /// One thread's view of a parallel region.
 struct Team {
     Pool& pool;
     int rank, size;
+    uint32_t loops = 0;  // Chunks made so far in this region
 
     void barrier();
     /// This thread's share of n items, whole multiples of `unit` but for the last.
     Range share(int n, int unit = 1) const;
 };
 
+/// Items 0 ... n - 1 dealt out to whoever comes, so that a slow thread does less and nobody waits for it: large chunks
+/// at first, whole multiples of `unit` but for the last, then smaller ones. Who gets which is chance, so an item's
+/// result must not depend on it. Every thread of a region makes the same Chunks in the same order and takes them until
+/// none is left; a barrier between two loops is needed only for what the second reads of the first.
+///     Chunks chunks(team, n, unit);
+///     for (Range r = chunks.next(); !r.empty(); r = chunks.next()) ...
+class Chunks {
+ public:
+    Chunks(Team& team, int n, int unit);
+    Range next();  // empty: nothing is left
+
+ private:
+    std::atomic<uint64_t>& dealt_;
+    uint32_t loop_;
+    int n_, unit_, size_;
+};
+
+/// In a child of fork() the threads are gone; the first region there starts new ones.
 class Pool {
  public:
     explicit Pool(int threads);  // 0: one for each usable core
@@ -57,14 +87,14 @@ class Pool {
 
  private:
     friend struct Team;
-    void work(int rank);
+    friend class Chunks;
+    struct Crew;
+    bool crew_is_gone() const;
 
     int size_;
-    std::mutex one_region_;
-    const std::function<void(Team&)>* body_ = nullptr;  // null: time to go
-    Signal start_, meet_;
-    std::atomic<int> arrived_{0};
-    std::vector<std::thread> workers_;
+    ForkSafeMutex one_region_;
+    std::unique_ptr<Crew> crew_;
+    unsigned process_;  // how many forks this process was from the first one when the crew came
 };
 
 int usable_cores();

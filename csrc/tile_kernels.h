@@ -280,8 +280,8 @@ void matmul_tiles(const TileProduct& p) {
         tile_streams<V, Codes, V::kFewTokens, V::kFewTiles>(p, p.tile_begin, p.tile_end);
     else if (Codes::fields == 1)
         tile_streams<V, Codes, V::kPanelTokens, V::kPanelTiles>(p, p.tile_begin, p.tile_end);
-    else if (p.tokens <= V::kDirectTokens || !p.panel)
-        tile_streams<V, Codes, V::kDirectTokens, V::kDirectTiles>(p, p.tile_begin, p.tile_end);
+    else if (p.tokens < V::kPanelFrom || !p.panel)
+        tile_streams<V, Codes, V::kGroupTokens, V::kGroupTiles>(p, p.tile_begin, p.tile_end);
     else
         panel_product<V, Codes>(p);
 }
