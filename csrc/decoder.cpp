@@ -10,6 +10,7 @@ namespace tritkit {
 namespace {
 
 constexpr int kHeadTokens = 16;  // tokens whose logits exist at the same time
+constexpr int kChunkRows = 64;   // rows of a linear that are dealt out together: tiles for four streams
 
 void rms_norm(const float* x, const Norm& weight, float eps, float* out) {
     const int n = static_cast<int>(weight.size());
@@ -228,7 +229,9 @@ void Decoder::run_layer(Team& team, int index, const std::vector<Token>& tokens,
     const Range mine = team.share(n);
     Linear::Scratch& scratch = w.scratch[static_cast<size_t>(team.rank)];
     auto apply = [&](const LinearPtr& linear, const Activations& x, float* out, ptrdiff_t stride, Linear::Write write) {
-        linear->apply(linear->share(team), x, n, out, stride, write, scratch);
+        Chunks chunks(team, linear->rows(), kChunkRows);
+        for (Range rows = chunks.next(); !rows.empty(); rows = chunks.next())
+            linear->apply(rows, x, n, out, stride, write, scratch);
     };
 
     for (int t = mine.begin; t < mine.end; ++t) {
@@ -266,13 +269,15 @@ void Decoder::run_layer(Team& team, int index, const std::vector<Token>& tokens,
         w.normed.quantize(t, kernels);
     }
     team.barrier();
-    apply(layer.gate, w.normed, w.gated.row(0), w.gated.stride(), Linear::Write::kStore);
-    apply(layer.up, w.normed, w.up.data(), inner, Linear::Write::kStore);
-    const Range rows = layer.gate->share(team);  // of gate and of up, so this thread wrote them
-    for (int t = 0; t < n; ++t) {
-        float* gate = w.gated.row(t);
-        const float* up = w.up.data() + t * inner;
-        for (int r = rows.begin; r < rows.end; ++r) gate[r] = activate(shape_.activation, gate[r]) * up[r];
+    Chunks chunks(team, static_cast<int>(inner), kChunkRows);
+    for (Range rows = chunks.next(); !rows.empty(); rows = chunks.next()) {
+        layer.gate->apply(rows, w.normed, n, w.gated.row(0), w.gated.stride(), Linear::Write::kStore, scratch);
+        layer.up->apply(rows, w.normed, n, w.up.data(), inner, Linear::Write::kStore, scratch);
+        for (int t = 0; t < n; ++t) {
+            float* gate = w.gated.row(t);
+            const float* up = w.up.data() + t * inner;
+            for (int r = rows.begin; r < rows.end; ++r) gate[r] = activate(shape_.activation, gate[r]) * up[r];
+        }
     }
     team.barrier();
     for (int t = mine.begin; t < mine.end; ++t) {
