@@ -36,6 +36,10 @@ struct V : Vectors256 {
     static constexpr bool narrow() {
         return largest < 64;
     }
+    template <int bits>
+    static constexpr int places() {
+        return bits < 4 ? 2 : 1;
+    }
 
     TRITKIT_INLINE __m256i narrow_zero() { return _mm256_setzero_si256(); }
     TRITKIT_INLINE __m256i dot_narrow(__m256i sum, __m256i codes, __m256i x) {
