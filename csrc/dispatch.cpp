@@ -9,6 +9,8 @@ namespace tritkit {
 extern const Kernels kScalar;
 #if defined(__x86_64__)
 extern const Kernels kAvx2, kAvxVnni, kAvx512;
+#elif defined(__aarch64__)
+extern const Kernels kNeon;
 #endif
 
 namespace {
@@ -20,6 +22,8 @@ const Kernels* const kTable[] = {
     &kAvx2,
     &kAvxVnni,
     &kAvx512,
+#elif defined(__aarch64__)
+    &kNeon,
 #endif
 };
 

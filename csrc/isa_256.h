@@ -5,6 +5,7 @@ struct Vectors256 {
     using Bytes = __m256i;
     using Ints = __m256i;
     static constexpr int kBytes = 32;
+    static constexpr bool kByteShifts = false;
 
     TRITKIT_INLINE __m256i load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
     TRITKIT_INLINE void store_bytes(uint8_t* p, __m256i v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
@@ -20,13 +21,16 @@ struct Vectors256 {
         return add(_mm256_min_epu8(_mm256_subs_epu8(q, splat(85)), one),
                    _mm256_min_epu8(_mm256_subs_epu8(q, splat(170)), one));
     }
-    TRITKIT_INLINE __m256i broadcast4(const int8_t* x) {
+    TRITKIT_INLINE __m256i broadcast4(const int8_t* x, int field) {
         int32_t four;
-        memcpy(&four, x, 4);
+        memcpy(&four, x + 4 * field, 4);
         return _mm256_set1_epi32(four);
     }
 
-    TRITKIT_INLINE __m256i zero() { return _mm256_setzero_si256(); }
+    template <int largest>
+    TRITKIT_INLINE __m256i start(int32_t) {
+        return _mm256_setzero_si256();
+    }
     TRITKIT_INLINE __m256i splat32(int32_t value) { return _mm256_set1_epi32(value); }
     TRITKIT_INLINE __m256i plus(__m256i a, __m256i b) { return _mm256_add_epi32(a, b); }
     TRITKIT_INLINE __m256i minus(__m256i a, __m256i b) { return _mm256_sub_epi32(a, b); }

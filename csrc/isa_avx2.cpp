@@ -2,6 +2,7 @@
 // to 16 int16 sums, which must be widened before they can overflow.
 #if defined(__x86_64__)
 
+#include <cpuid.h>
 #include <immintrin.h>
 
 #include <cstring>
@@ -14,7 +15,9 @@ namespace {
 
 bool supported() {
     __builtin_cpu_init();  // also asks the operating system whether it saves the registers (xgetbv)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    unsigned a, b, c, d;   // compilers do not all know the name f16c: leaf 1, ECX bit 29
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &a, &b, &c, &d) &&
+           (c >> 29 & 1);
 }
 
 constexpr int kAhead = 2048;  // bytes from the load to the prefetch, in each of the streams
@@ -32,6 +35,10 @@ struct V : Vectors256 {
     template <int largest>
     static constexpr bool narrow() {
         return largest < 64;
+    }
+    template <int bits>
+    static constexpr int places() {
+        return bits < 4 ? 2 : 1;
     }
 
     TRITKIT_INLINE __m256i narrow_zero() { return _mm256_setzero_si256(); }

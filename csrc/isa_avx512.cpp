@@ -34,10 +34,14 @@ struct V {
     static constexpr int kBytes = 64, kStreams = 4, kFewTokens = 4, kFewTiles = 4, kGroupTokens = 8, kGroupTiles = 2,
                          kPanelTokens = 6, kPanelTiles = 4,
                          kPanelFrom = 1 << 30;  // never: taking the codes out for every 8 tokens costs nothing visible
-    static constexpr bool kUnsignedDot = true;
+    static constexpr bool kUnsignedDot = true, kByteShifts = false;
     template <int largest>
     static constexpr bool narrow() {
         return false;
+    }
+    template <int bits>
+    static constexpr int places() {
+        return bits == 1 ? 4 : 8 / bits;
     }
 
     TRITKIT_INLINE __m512i load(const uint8_t* p) { return _mm512_loadu_si512(p); }
@@ -54,9 +58,9 @@ struct V {
         const __m512i t = _mm512_maskz_mov_epi8(_mm512_cmpge_epu8_mask(q, splat(86)), one);
         return _mm512_mask_add_epi8(t, _mm512_cmpge_epu8_mask(q, splat(171)), t, one);
     }
-    TRITKIT_INLINE __m512i broadcast4(const int8_t* x) {
+    TRITKIT_INLINE __m512i broadcast4(const int8_t* x, int field) {
         int32_t four;
-        memcpy(&four, x, 4);
+        memcpy(&four, x + 4 * field, 4);
         return _mm512_set1_epi32(four);
     }
     // As assembly, since gcc 12 copies and spills around the tied operand of _mm512_dpbusd_epi32.
@@ -66,7 +70,10 @@ struct V {
         return sum;
     }
 
-    TRITKIT_INLINE __m512i zero() { return _mm512_setzero_si512(); }
+    template <int largest>
+    TRITKIT_INLINE __m512i start(int32_t) {
+        return _mm512_setzero_si512();
+    }
     TRITKIT_INLINE __m512i splat32(int32_t value) { return _mm512_set1_epi32(value); }
     TRITKIT_INLINE __m512i plus(__m512i a, __m512i b) { return _mm512_add_epi32(a, b); }
     TRITKIT_INLINE __m512i minus(__m512i a, __m512i b) { return _mm512_sub_epi32(a, b); }

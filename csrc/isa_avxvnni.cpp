@@ -33,6 +33,10 @@ struct V : Vectors256 {
     static constexpr bool narrow() {
         return false;
     }
+    template <int bits>
+    static constexpr int places() {
+        return bits == 1 ? 4 : 8 / bits;
+    }
     template <int largest>
     TRITKIT_INLINE __m256i dot(__m256i sum, __m256i codes, __m256i x) {
         asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(codes), "x"(x));

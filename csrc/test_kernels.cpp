@@ -260,8 +260,9 @@ void test_pool() {
 void test_chunks() {
     for (int threads : {1, 2, 3, 8}) {
         Pool pool(threads);
-        for (const auto& [n, unit] : {std::pair{0, 4}, {1, 4}, {7, 1}, {100, 16}, {1000, 1}}) {
+        for (const auto& work : {std::pair{0, 4}, {1, 4}, {7, 1}, {100, 16}, {1000, 1}}) {
             constexpr int kLoops = 20;
+            const int n = work.first, unit = work.second;
             std::vector<std::atomic<int>> dealt(static_cast<size_t>(kLoops * n));
             std::atomic<bool> good{true};
             pool.run([&](Team& team) {

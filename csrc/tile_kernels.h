@@ -7,9 +7,12 @@
 //   code of column k + j in byte j (field f of the byte: column k + 4f + j), so dot() adds 4 products to each row's
 //   sum.
 //
-// V has: Bytes, Ints; kBytes; load, splat, both (and), add (bytes), shift_right<n>, trit, broadcast4; zero, splat32,
-// plus, minus, shift_left, shift_right32, store; dot and, where int16 sums must be widened, Narrow, dot_narrow, widen.
-// Its constants say how many tokens and tiles fit into its registers.
+// V has: Bytes, Ints, Four; kBytes; load, splat, both (and), add (bytes), shift_right<n>, trit; broadcast4(x, f), the
+// activations of field f; splat32, plus, minus, shift_left, shift_right32, store; dot<largest code>, whose sums begin
+// with start<largest code>(sum of the activations); and, where int16 sums must be widened, Narrow, dot_narrow, widen.
+// Its constants: kUnsignedDot, codes up to 255 cost dot nothing more; kByteShifts, shift_right shifts bytes, not
+// words; places<bits>, how many fields are used in place with one token; the others say how many tokens and tiles fit
+// into its registers.
 
 /// Codes of `bits` bits, fields from the lowest bits up. largest: the largest code that occurs.
 template <int bits, int largest_code = (1 << bits) - 1>
@@ -72,6 +75,14 @@ TRITKIT_INLINE void store_sum(const TileProduct& p, int tile, int part, int toke
     V::store(out, p.accumulate ? V::plus(sum, V::load32(out)) : sum);
 }
 
+template <int m, int n, class Sum>
+TRITKIT_INLINE void clear(Sum (&sums)[m][n], Sum start) {
+#pragma GCC unroll 8
+    for (int i = 0; i < m; ++i)
+#pragma GCC unroll 8
+        for (int j = 0; j < n; ++j) sums[i][j] = start;
+}
+
 /// Adds the products of some blocks to the sums. Every field is taken out of its byte once, for all the tokens.
 template <class V, class Codes, bool narrow, int tokens, int vectors, class Sum>
 TRITKIT_INLINE void add_blocks(Sum (&sums)[tokens][vectors], const uint8_t* (&w)[vectors], const int8_t* x,
@@ -86,7 +97,7 @@ TRITKIT_INLINE void add_blocks(Sum (&sums)[tokens][vectors], const uint8_t* (&w)
             for (int i = 0; i < vectors; ++i) codes[i] = Codes::template take<V>(v[i]);
 #pragma GCC unroll 8
             for (int t = 0; t < tokens; ++t) {
-                const auto four = V::broadcast4(x + t * stride + 4 * f);
+                const auto four = V::broadcast4(x + t * stride, f);
 #pragma GCC unroll 8
                 for (int i = 0; i < vectors; ++i) {
                     if constexpr (narrow)
@@ -99,14 +110,6 @@ TRITKIT_INLINE void add_blocks(Sum (&sums)[tokens][vectors], const uint8_t* (&w)
     }
 }
 
-template <int tokens, int vectors, class Sum>
-TRITKIT_INLINE void clear(Sum (&sums)[tokens][vectors], Sum zero) {
-#pragma GCC unroll 8
-    for (int t = 0; t < tokens; ++t)
-#pragma GCC unroll 8
-        for (int i = 0; i < vectors; ++i) sums[t][i] = zero;
-}
-
 /// Products of `tokens` tokens, from `token` on, with `tiles` tiles.
 template <class V, class Codes, int tokens, int tiles>
 void block_product(const TileProduct& p, int tile, int distance, int token) {
@@ -115,7 +118,8 @@ void block_product(const TileProduct& p, int tile, int distance, int token) {
     const uint8_t* w[vectors];
     locate<V>(p, tile, distance, w);
     typename V::Ints sums[tokens][vectors];
-    clear(sums, V::zero());
+    for (int t = 0; t < tokens; ++t)
+        for (int i = 0; i < vectors; ++i) sums[t][i] = V::template start<Codes::largest>(p.sums[token + t]);
     if constexpr (V::template narrow<Codes::largest>()) {
         // A pair of products is at most 2 * 128 * largest, and -32768 still is an int16.
         constexpr int most = 32768 / (Codes::fields * 256 * Codes::largest);
@@ -139,36 +143,63 @@ void block_product(const TileProduct& p, int tile, int distance, int token) {
             store_sum<V>(p, tile + i / kParts<V> * distance, i % kParts<V>, token + t, sums[t][i]);
 }
 
-/// One token, where dot() takes all of 0..255: the fields stay where they are in their bytes, so each has a sum of its
-/// own, too large by 2^(bits * field), that is shifted only at the end. Two instructions for kBytes weights.
-template <class V, int tiles, int bits, int largest>
-void one_token(const TileProduct& p, int tile, int distance, int token, Bits<bits, largest>) {
-    constexpr int fields = 8 / bits, vectors = tiles * kParts<V>;
-    const int8_t* x = p.codes + token * p.code_stride;
-    const uint8_t* w[vectors];
-    locate<V>(p, tile, distance, w);
-    typename V::Ints sums[vectors][fields];
-#pragma GCC unroll 8
-    for (int i = 0; i < vectors; ++i)
-#pragma GCC unroll 8
-        for (int f = 0; f < fields; ++f) sums[i][f] = V::zero();
-    for (int b = 0; b < p.blocks; ++b, x += 4 * fields) {
+/// Adds the products of some blocks with one token. A field that stays where it is in its byte needs no shift, but
+/// has a sum of its own, too large by 2^(bits * place).
+template <class V, int bits, bool narrow, int places, int vectors, class Sum>
+TRITKIT_INLINE void add_in_place(Sum (&sums)[vectors][places], const uint8_t* (&w)[vectors], const int8_t* x,
+                                 int blocks) {
+    constexpr int fields = 8 / bits, largest = ((1 << bits) - 1) << (bits * (places - 1));
+    for (int b = 0; b < blocks; ++b, x += 4 * fields) {
         typename V::Bytes v[vectors];
         load_block<V>(w, v);
 #pragma GCC unroll 8
         for (int f = 0; f < fields; ++f) {
-            const auto four = V::broadcast4(x + 4 * f);
-            const auto mask = V::splat(static_cast<uint8_t>(((1 << bits) - 1) << (bits * f)));
+            const int place = f % places;
+            const auto four = V::broadcast4(x, f);
+            const auto mask = V::splat(static_cast<uint8_t>(((1 << bits) - 1) << (bits * place)));
+            const bool alone = bits == 8 || (V::kByteShifts && place == 0 && f == fields - 1);
+#pragma GCC unroll 8
+            for (int i = 0; i < vectors; ++i) {
+                if (f && place == 0) v[i] = V::template shift_right<bits * places % 8>(v[i]);
+                const auto codes = alone ? v[i] : V::both(v[i], mask);
+                if constexpr (narrow)
+                    sums[i][place] = V::dot_narrow(sums[i][place], codes, four);
+                else
+                    sums[i][place] = V::template dot<largest>(sums[i][place], codes, four);
+            }
+        }
+    }
+}
+
+/// One token, with most fields in place: two instructions for kBytes weights.
+template <class V, int tiles, int bits, int largest>
+void one_token(const TileProduct& p, int tile, int distance, int token, Bits<bits, largest>) {
+    constexpr int fields = 8 / bits, vectors = tiles * kParts<V>, places = V::template places<bits>();
+    const int8_t* x = p.codes + token * p.code_stride;
+    const uint8_t* w[vectors];
+    locate<V>(p, tile, distance, w);
+    typename V::Ints sums[vectors][places];
+    clear(sums, V::template start<bits == 8 ? 255 : 0>(p.sums[token]));
+    if constexpr (V::template narrow<largest>()) {
+        constexpr int most = 32768 / ((fields + places - 1) / places * 256 * (largest << (bits * (places - 1))));
+        for (int b = 0; b < p.blocks; b += most) {
+            typename V::Narrow part[vectors][places];
+            clear(part, V::narrow_zero());
+            const int blocks = b + most < p.blocks ? most : p.blocks - b;
+            add_in_place<V, bits, true>(part, w, x + static_cast<ptrdiff_t>(b) * 4 * fields, blocks);
 #pragma GCC unroll 8
             for (int i = 0; i < vectors; ++i)
-                sums[i][f] = V::template dot<255>(sums[i][f], bits == 8 ? v[i] : V::both(v[i], mask), four);
+#pragma GCC unroll 8
+                for (int f = 0; f < places; ++f) sums[i][f] = V::widen(sums[i][f], part[i][f]);
         }
+    } else {
+        add_in_place<V, bits, false>(sums, w, x, p.blocks);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < vectors; ++i) {
         auto sum = sums[i][0];
 #pragma GCC unroll 8
-        for (int f = 1; f < fields; ++f) sum = V::plus(sum, V::shift_right32(sums[i][f], bits * f));
+        for (int f = 1; f < places; ++f) sum = V::plus(sum, V::shift_right32(sums[i][f], bits * f));
         store_sum<V>(p, tile + i / kParts<V> * distance, i % kParts<V>, token, sum);
     }
 }
@@ -178,19 +209,20 @@ void one_token(const TileProduct& p, int tile, int distance, int token, Bits<bit
 /// |3 D - E| <= 256 * 2 * 128 * columns < 2^31 for columns < 32768.
 template <class V, int tiles>
 void one_token(const TileProduct& p, int tile, int distance, int token, Trits) {
+    if constexpr (!V::kUnsignedDot) return block_product<V, Trits, 1, tiles>(p, tile, distance, token);
     constexpr int vectors = tiles * kParts<V>;
     const int8_t* x = p.codes + token * p.code_stride;
     const uint8_t* w[vectors];
     locate<V>(p, tile, distance, w);
     typename V::Ints d[vectors], e[vectors];
 #pragma GCC unroll 8
-    for (int i = 0; i < vectors; ++i) d[i] = e[i] = V::zero();
+    for (int i = 0; i < vectors; ++i) d[i] = e[i] = V::template start<255>(p.sums[token]);
     for (int b = 0; b < p.blocks; ++b, x += Trits::columns) {
         typename V::Bytes q[vectors];
         load_block<V>(w, q);
 #pragma GCC unroll 8
         for (int f = 0; f < Trits::fields; ++f) {
-            const auto four = V::broadcast4(x + 4 * f);
+            const auto four = V::broadcast4(x, f);
 #pragma GCC unroll 8
             for (int i = 0; i < vectors; ++i) {
                 d[i] = V::template dot<255>(d[i], q[i], four);
@@ -215,10 +247,8 @@ void some_tokens(const TileProduct& p, int tile, int distance, int token, int to
             some_tokens<V, Codes, most - 1, tiles>(p, tile, distance, token, tokens);
         else
             block_product<V, Codes, most, tiles>(p, tile, distance, token);
-    } else if constexpr (V::kUnsignedDot) {
-        one_token<V, tiles>(p, tile, distance, token, Codes{});
     } else {
-        block_product<V, Codes, 1, tiles>(p, tile, distance, token);
+        one_token<V, tiles>(p, tile, distance, token, Codes{});
     }
 }
 
