@@ -1,6 +1,8 @@
-// Rotary embedding and causal attention over the pages.
+// Rotary embedding, the keys and values that a step adds to the pages, and causal attention over the pages.
 #pragma once
 
+#include <atomic>
+#include <memory>
 #include <vector>
 
 #include "kernels.h"
@@ -9,7 +11,7 @@
 
 namespace tritkit {
 
-/// One token of a step: where it is.
+/// One token of a step: where it is. Tokens of one sequence stand together, in the order of their positions.
 struct Token {
     int id;
     const Sequence* sequence;
@@ -34,15 +36,67 @@ class RotaryTable {
     std::vector<float> cos_, sin_;  // [positions, half]
 };
 
-/// Rotates q into `rotated` [heads, head_stride] and k, v of one token into their page.
-void store_token(const HeadShape& shape, const RotaryTable& rotary, const KvPages& pages, const Token& token, int layer,
-                 const float* q, const float* k, const float* v, float* rotated);
+/// Attention of all the tokens of a step, layer by layer: store(), a barrier, attend().
+///
+/// The softmax of a token is summed up over ranges of kRangePositions positions, and the ranges are merged in order.
+/// So the result is the same bits whoever computes which range, and however a prompt is cut into steps. Work is dealt
+/// from a counter: blocks of tokens, and each range by itself where there are too few blocks for the threads.
+class Attention {
+ public:
+    Attention(const HeadShape& shape, double rope_theta, const KvPages& pages, const Kernels& kernels, int threads);
+    ~Attention();
 
-/// Floats of scratch that attend() needs for a token that sees `length` positions.
-size_t attention_scratch(const HeadShape& shape, const KvPages& pages, int length);
+    /// What the next step will need; not inside a parallel region. Positions are reserved already.
+    void prepare(const std::vector<Token>& tokens, int layers);
+    /// Rotates and stores the keys and values of this step, and rotates its queries. q: [tokens, heads, head_dim].
+    void store(const Team& team, int layer, const float* q, const float* k, const float* v);
+    /// out[token]: [heads, head_dim].
+    void attend(const Team& team, int layer, float* out, ptrdiff_t out_stride);
 
-/// softmax(q k^T / sqrt(head_dim)) v of one token for the query heads of one kv head; out: [heads, head_dim].
-void attend(const HeadShape& shape, const KvPages& pages, const Token& token, int layer, int kv_head,
-            const float* rotated, float* out, const Kernels& kernels, float* scratch) noexcept;
+ private:
+    struct Block;
+    struct Item;
+    struct Scratch;
+
+    void store_token(Scratch& scratch, int layer, int kv_head, const Token& token, const float* k, const float* v);
+    void store_query(Scratch& scratch, ptrdiff_t row, int position, const float* q);
+    void run(const Item& item, int layer, float* out, ptrdiff_t out_stride, Scratch& scratch);
+    void attend_range(const Block& block, int layer, int kv_head, int range, float* partial, Scratch& scratch);
+    void merge(const Block& block, int range, float* sum, const float* partial) const;
+    float* partial_of(const Block& block, int kv_head, int range);
+    static int first_to_see(const Block& block, int range);
+
+    int group() const { return shape_.heads / shape_.kv_heads; }
+    bool has_codes() const { return pages_.layout().bits <= 8; }
+    ptrdiff_t query_row(int kv_head, int token) const {
+        return (static_cast<ptrdiff_t>(kv_head) * capacity_ + token) * group();
+    }
+
+    HeadShape shape_;
+    const KvPages& pages_;
+    const VectorKernels& vectors_;
+    float (*quantize_row_)(const float* x, int columns, float levels, int8_t* codes, int32_t* sum);
+    RotaryTable rotary_;
+    int threads_, size_;  // size_: head_dim rounded up to whole tiles
+    ptrdiff_t query_stride_;
+    int block_tokens_;
+
+    std::vector<Token> tokens_;
+    std::vector<Block> blocks_;
+    std::vector<int> runs_;  // where tokens_ begins a page or a sequence, and its end
+    std::vector<Item> items_;
+    std::vector<Scratch> scratch_;  // per thread
+
+    // [kv_head][token][group] of the step: floats, or codes with their scales and sums.
+    int capacity_ = 0;
+    AlignedArray<float> queries_, query_scales_;
+    AlignedArray<int8_t> query_codes_;
+    AlignedArray<int32_t> query_sums_;
+
+    AlignedArray<float> partials_;
+    std::unique_ptr<std::atomic<int>[]> next_;        // per layer: the next item
+    std::unique_ptr<std::atomic<int>[]> unfinished_;  // per block and kv head: ranges
+    int next_size_ = 0, unfinished_size_ = 0;
+};
 
 }  // namespace tritkit

@@ -159,7 +159,7 @@ DecoderShape shape_from(const nb::dict& d) {
 
 void init_decoder(Decoder* self, std::shared_ptr<Runner> runner, const nb::dict& shape,
                   std::shared_ptr<Linear> embedding, const nb::list& layers, const Array& final_norm,
-                  std::optional<std::shared_ptr<Linear>> head) {
+                  std::optional<std::shared_ptr<Linear>> head, int kv_bits) {
     const DecoderShape s = shape_from(shape);
     require_shape(*embedding, "embedding", s.vocab_size, s.hidden_size);
     if (head) require_shape(**head, "head", s.vocab_size, s.hidden_size);
@@ -167,7 +167,7 @@ void init_decoder(Decoder* self, std::shared_ptr<Runner> runner, const nb::dict&
     std::vector<Layer> built;
     for (nb::handle layer : layers) built.push_back(layer_of(nb::cast<nb::dict>(layer), s));
     new (self) Decoder(std::move(runner), s, embedding, std::move(built), norm(final_norm, "final_norm", s.hidden_size),
-                       head.value_or(nullptr));
+                       head.value_or(nullptr), kv_bits);
 }
 
 Want want_of(const std::string& name) {
@@ -320,14 +320,16 @@ NB_MODULE(_native, m) {
 
     nb::class_<Decoder>(m, "Decoder", "The whole forward step.")
         .def("__init__", &init_decoder, "runner"_a, "shape"_a, "embedding"_a, "layers"_a, "final_norm"_a,
-             "head"_a.none())
+             "head"_a.none(), "kv_bits"_a = 16)
         .def("new", &Decoder::create, Release())
         .def("fork", &Decoder::fork, "sequence"_a, Release())
         .def("truncate", &Decoder::truncate, "sequence"_a, "length"_a, Release())
         .def("free", &Decoder::free, "sequence"_a, Release())
         .def("length", &Decoder::length, "sequence"_a, Release())
         .def("step", &step, "jobs"_a, "List of (sequence, int32 tokens, want, int32 targets or None).")
-        .def_prop_ro("bytes_per_token", &Decoder::bytes_per_token);
+        .def_prop_ro("bytes_per_token", &Decoder::bytes_per_token)
+        .def_prop_ro("kv_bits", &Decoder::kv_bits)
+        .def_prop_ro("kv_bytes_per_position", &Decoder::kv_bytes_per_position);
 
     nb::class_<Sampler>(m, "Sampler", "Draws tokens from logits.")
         .def(

@@ -1,7 +1,6 @@
 #include "decoder.h"
 
 #include <algorithm>
-#include <cmath>
 #include <set>
 #include <stdexcept>
 #include <string>
@@ -11,30 +10,6 @@ namespace {
 
 constexpr int kHeadTokens = 16;  // tokens whose logits exist at the same time
 constexpr int kChunkRows = 64;   // rows of a linear that are dealt out together: tiles for four streams
-
-void rms_norm(const float* x, const Norm& weight, float eps, float* out) {
-    const int n = static_cast<int>(weight.size());
-    double partial[8] = {};  // independent sums, so that the additions need not wait for each other
-    for (int i = 0; i < n; ++i) partial[i % 8] += static_cast<double>(x[i]) * x[i];
-    double squares = 0.0;
-    for (double sum : partial) squares += sum;
-    const float inverse = 1.0f / std::sqrt(static_cast<float>(squares / n) + eps);
-    for (int i = 0; i < n; ++i) out[i] = weight[i] * (x[i] * inverse);
-}
-
-float activate(Gate gate, float x) {
-    if (gate == Gate::kSilu) return x / (1.0f + std::exp(-x));
-    return x > 0.0f ? x * x : 0.0f;
-}
-
-/// -log softmax(logits)[target], summed in float64.
-float negative_log_likelihood(const float* logits, int n, int target) {
-    if (target < 0) return 0.0f;
-    const double highest = *std::max_element(logits, logits + n);
-    double sum = 0.0;
-    for (int i = 0; i < n; ++i) sum += std::exp(logits[i] - highest);
-    return static_cast<float>(std::log(sum) + highest - logits[target]);
-}
 
 }  // namespace
 
@@ -52,15 +27,13 @@ struct Decoder::Workspace {
           q(static_cast<size_t>(capacity) * d.shape_.heads.heads * d.shape_.heads.head_dim),
           k(static_cast<size_t>(capacity) * d.shape_.heads.kv_heads * d.shape_.heads.head_dim),
           v(k.size()),
-          rotated(static_cast<size_t>(capacity) * d.shape_.heads.heads * d.pages_.head_stride()),
           up(static_cast<size_t>(capacity) * d.shape_.intermediate_size),
           logits(static_cast<size_t>(std::min(capacity, kHeadTokens)) * d.shape_.vocab_size),
           normed(capacity, d.shape_.hidden_size),
           attended(capacity, d.shape_.heads.heads * d.shape_.heads.head_dim),
           gated(capacity, d.shape_.intermediate_size),
           final_normed(std::min(capacity, kHeadTokens), d.shape_.hidden_size),
-          scratch(static_cast<size_t>(d.runner_->pool.size())),
-          scores(scratch.size()) {
+          scratch(static_cast<size_t>(d.runner_->pool.size())) {
         for (const Layer& layer : d.layers_) {
             for (const LinearPtr& linear : {layer.q, layer.k, layer.v, layer.gate, layer.up})
                 normed.reserve(linear->activations());
@@ -78,10 +51,9 @@ struct Decoder::Workspace {
 
     int capacity;
     AlignedArray<float> hidden;  // the residual stream
-    AlignedArray<float> q, k, v, rotated, up, logits;
+    AlignedArray<float> q, k, v, up, logits;
     Activations normed, attended, gated, final_normed;
-    std::vector<Linear::Scratch> scratch;    // per thread
-    std::vector<std::vector<float>> scores;  // per thread
+    std::vector<Linear::Scratch> scratch;  // per thread
 };
 
 /// What is wanted of one token of the batch.
@@ -93,15 +65,15 @@ struct Decoder::Output {
 };
 
 Decoder::Decoder(std::shared_ptr<Runner> runner, const DecoderShape& shape, LinearPtr embedding,
-                 std::vector<Layer> layers, Norm final_norm, LinearPtr head)
+                 std::vector<Layer> layers, Norm final_norm, LinearPtr head, int kv_bits)
     : runner_(std::move(runner)),
       shape_(shape),
       embedding_(std::move(embedding)),
       layers_(std::move(layers)),
       final_norm_(std::move(final_norm)),
       head_(head ? std::move(head) : embedding_),
-      rotary_(shape.heads.head_dim, shape.rope_theta),
-      pages_(static_cast<int>(layers_.size()), shape.heads.kv_heads, shape.heads.head_dim) {}
+      pages_(static_cast<int>(layers_.size()), shape.heads.kv_heads, shape.heads.head_dim, kv_bits),
+      attention_(shape.heads, shape.rope_theta, pages_, runner_->kernels, runner_->pool.size()) {}
 
 int Decoder::create() {
     std::lock_guard lock(mutex_);
@@ -167,14 +139,12 @@ void Decoder::require_valid(const std::vector<Job>& jobs) const {
 
 std::vector<Token> Decoder::place(const std::vector<Job>& jobs) {
     std::vector<Token> tokens;
-    int longest = 0;
     for (const Job& job : jobs) {
         pages_.reserve(job.sequence, job.count);
         const Sequence& sequence = pages_.at(job.sequence);
         for (int t = 0; t < job.count; ++t) tokens.push_back({job.tokens[t], &sequence, sequence.length + t});
-        longest = std::max(longest, sequence.length + job.count);
     }
-    rotary_.extend(longest);
+    attention_.prepare(tokens, static_cast<int>(layers_.size()));
     return tokens;
 }
 
@@ -201,16 +171,12 @@ void Decoder::step(const std::vector<Job>& jobs) {
         first += job.count;
     }
     Workspace& w = workspace(static_cast<int>(tokens.size()));
-    int longest = 0;
-    for (const Token& token : tokens) longest = std::max(longest, token.position + 1);
-    const size_t scores = attention_scratch(shape_.heads, pages_, longest);
-    for (std::vector<float>& s : w.scores)
-        if (s.size() < scores) s.resize(scores);
     runner_->pool.run([&](Team& team) {
         const Range mine = team.share(static_cast<int>(tokens.size()));
         for (int t = mine.begin; t < mine.end; ++t)
             embedding_->copy_row(tokens[t].id, w.hidden.data() + static_cast<ptrdiff_t>(t) * shape_.hidden_size);
-        for (int layer = 0; layer < static_cast<int>(layers_.size()); ++layer) run_layer(team, layer, tokens, w);
+        for (int layer = 0; layer < static_cast<int>(layers_.size()); ++layer)
+            run_layer(team, layer, static_cast<int>(tokens.size()), w);
         run_head(team, outputs, w);
     });
     for (const Job& job : jobs) pages_.advance(job.sequence, job.count);
@@ -218,14 +184,13 @@ void Decoder::step(const std::vector<Job>& jobs) {
 
 // Each thread keeps its own tokens from one layer to the next (hidden rows of `mine`), so a barrier stands only where
 // the work is cut differently: by tokens around the norms, by rows in the linears, by heads in attention.
-void Decoder::run_layer(Team& team, int index, const std::vector<Token>& tokens, Workspace& w) const {
+void Decoder::run_layer(Team& team, int index, int n, Workspace& w) {
     const Layer& layer = layers_[static_cast<size_t>(index)];
     const HeadShape& heads = shape_.heads;
     const Kernels& kernels = runner_->kernels;
-    const int n = static_cast<int>(tokens.size());
+    const VectorKernels& vectors = *kernels.vectors;
     const ptrdiff_t hidden = shape_.hidden_size, q_size = heads.heads * heads.head_dim,
-                    kv_size = heads.kv_heads * heads.head_dim, inner = shape_.intermediate_size,
-                    rotated_size = heads.heads * pages_.head_stride();
+                    kv_size = heads.kv_heads * heads.head_dim, inner = shape_.intermediate_size;
     const Range mine = team.share(n);
     Linear::Scratch& scratch = w.scratch[static_cast<size_t>(team.rank)];
     auto apply = [&](const LinearPtr& linear, const Activations& x, float* out, ptrdiff_t stride, Linear::Write write) {
@@ -235,7 +200,7 @@ void Decoder::run_layer(Team& team, int index, const std::vector<Token>& tokens,
     };
 
     for (int t = mine.begin; t < mine.end; ++t) {
-        rms_norm(w.hidden.data() + t * hidden, layer.input_norm, shape_.rms_norm_eps, w.normed.row(t));
+        norm(w.hidden.data() + t * hidden, layer.input_norm, w.normed.row(t));
         w.normed.quantize(t, kernels);
     }
     team.barrier();
@@ -243,21 +208,12 @@ void Decoder::run_layer(Team& team, int index, const std::vector<Token>& tokens,
     apply(layer.k, w.normed, w.k.data(), kv_size, Linear::Write::kStore);
     apply(layer.v, w.normed, w.v.data(), kv_size, Linear::Write::kStore);
     team.barrier();
-    for (int t = mine.begin; t < mine.end; ++t)
-        store_token(heads, rotary_, pages_, tokens[static_cast<size_t>(t)], index, w.q.data() + t * q_size,
-                    w.k.data() + t * kv_size, w.v.data() + t * kv_size, w.rotated.data() + t * rotated_size);
+    attention_.store(team, index, w.q.data(), w.k.data(), w.v.data());
     team.barrier();
-    // Later tokens have more to attend to: deal them out in turn.
-    for (int item = team.rank; item < n * heads.kv_heads; item += team.size) {
-        const int t = item / heads.kv_heads;
-        attend(heads, pages_, tokens[static_cast<size_t>(t)], index, item % heads.kv_heads,
-               w.rotated.data() + t * rotated_size, w.attended.row(t), kernels,
-               w.scores[static_cast<size_t>(team.rank)].data());
-    }
+    attention_.attend(team, index, w.attended.row(0), w.attended.stride());
     team.barrier();
     for (int t = mine.begin; t < mine.end; ++t) {
-        if (!layer.attn_sub_norm.empty())
-            rms_norm(w.attended.row(t), layer.attn_sub_norm, shape_.rms_norm_eps, w.attended.row(t));
+        if (!layer.attn_sub_norm.empty()) norm(w.attended.row(t), layer.attn_sub_norm, w.attended.row(t));
         w.attended.quantize(t, kernels);
     }
     team.barrier();
@@ -265,29 +221,36 @@ void Decoder::run_layer(Team& team, int index, const std::vector<Token>& tokens,
     team.barrier();
 
     for (int t = mine.begin; t < mine.end; ++t) {
-        rms_norm(w.hidden.data() + t * hidden, layer.post_attention_norm, shape_.rms_norm_eps, w.normed.row(t));
+        norm(w.hidden.data() + t * hidden, layer.post_attention_norm, w.normed.row(t));
         w.normed.quantize(t, kernels);
     }
     team.barrier();
+    const auto activate = shape_.activation == Gate::kSilu ? vectors.silu_gate : vectors.relu2_gate;
     Chunks chunks(team, static_cast<int>(inner), kChunkRows);
     for (Range rows = chunks.next(); !rows.empty(); rows = chunks.next()) {
         layer.gate->apply(rows, w.normed, n, w.gated.row(0), w.gated.stride(), Linear::Write::kStore, scratch);
         layer.up->apply(rows, w.normed, n, w.up.data(), inner, Linear::Write::kStore, scratch);
-        for (int t = 0; t < n; ++t) {
-            float* gate = w.gated.row(t);
-            const float* up = w.up.data() + t * inner;
-            for (int r = rows.begin; r < rows.end; ++r) gate[r] = activate(shape_.activation, gate[r]) * up[r];
-        }
+        for (int t = 0; t < n; ++t)
+            activate(w.gated.row(t) + rows.begin, w.up.data() + t * inner + rows.begin, rows.end - rows.begin);
     }
     team.barrier();
     for (int t = mine.begin; t < mine.end; ++t) {
-        if (!layer.ffn_sub_norm.empty())
-            rms_norm(w.gated.row(t), layer.ffn_sub_norm, shape_.rms_norm_eps, w.gated.row(t));
+        if (!layer.ffn_sub_norm.empty()) norm(w.gated.row(t), layer.ffn_sub_norm, w.gated.row(t));
         w.gated.quantize(t, kernels);
     }
     team.barrier();
     apply(layer.down, w.gated, w.hidden.data(), hidden, Linear::Write::kAdd);
     team.barrier();
+}
+
+void Decoder::norm(const float* x, const Norm& weight, float* out) const {
+    runner_->kernels.vectors->rms_norm(x, weight.data(), static_cast<int>(weight.size()), shape_.rms_norm_eps, out);
+}
+
+float Decoder::negative_log_likelihood(const float* logits, int target) const {
+    if (target < 0) return 0.0f;
+    return static_cast<float>(runner_->kernels.vectors->log_sum_exp(logits, shape_.vocab_size) -
+                              static_cast<double>(logits[target]));
 }
 
 void Decoder::run_head(Team& team, const std::vector<Output>& outputs, Workspace& w) const {
@@ -299,8 +262,8 @@ void Decoder::run_head(Team& team, const std::vector<Output>& outputs, Workspace
         const Output* part = outputs.data() + begin;
         const Range mine = team.share(n), rows = head_->share(team);
         for (int i = mine.begin; i < mine.end; ++i) {
-            rms_norm(w.hidden.data() + static_cast<ptrdiff_t>(part[i].token) * shape_.hidden_size, final_norm_,
-                     shape_.rms_norm_eps, w.final_normed.row(i));
+            norm(w.hidden.data() + static_cast<ptrdiff_t>(part[i].token) * shape_.hidden_size, final_norm_,
+                 w.final_normed.row(i));
             w.final_normed.quantize(i, runner_->kernels);
         }
         team.barrier();
@@ -313,8 +276,7 @@ void Decoder::run_head(Team& team, const std::vector<Output>& outputs, Workspace
         }
         team.barrier();
         for (int i = mine.begin; i < mine.end; ++i)
-            if (part[i].nll)
-                *part[i].nll = negative_log_likelihood(w.logits.data() + i * vocab, shape_.vocab_size, part[i].target);
+            if (part[i].nll) *part[i].nll = negative_log_likelihood(w.logits.data() + i * vocab, part[i].target);
         team.barrier();
     }
 }

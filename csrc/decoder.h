@@ -59,7 +59,7 @@ struct Job {
 class Decoder {
  public:
     Decoder(std::shared_ptr<Runner> runner, const DecoderShape& shape, LinearPtr embedding, std::vector<Layer> layers,
-            Norm final_norm, LinearPtr head);
+            Norm final_norm, LinearPtr head, int kv_bits);
 
     int create();
     int fork(int sequence);
@@ -73,6 +73,9 @@ class Decoder {
     const DecoderShape& shape() const { return shape_; }
     /// Bytes of weights that one decoded token reads.
     size_t bytes_per_token() const;
+    /// Bytes of keys and values that one position of a sequence takes, and that each later token reads.
+    double kv_bytes_per_position() const { return pages_.bytes_per_position(); }
+    int kv_bits() const { return pages_.layout().bits; }
 
  private:
     struct Workspace;
@@ -81,7 +84,10 @@ class Decoder {
     void require_valid(const std::vector<Job>& jobs) const;
     std::vector<Token> place(const std::vector<Job>& jobs);
     Workspace& workspace(int tokens);
-    void run_layer(Team& team, int layer, const std::vector<Token>& tokens, Workspace& w) const;
+    void run_layer(Team& team, int layer, int tokens, Workspace& w);
+    void norm(const float* x, const Norm& weight, float* out) const;
+    /// -log softmax(logits)[target]; 0 for the target -1.
+    float negative_log_likelihood(const float* logits, int target) const;
     void run_head(Team& team, const std::vector<Output>& outputs, Workspace& w) const;
 
     std::shared_ptr<Runner> runner_;
@@ -90,8 +96,8 @@ class Decoder {
     std::vector<Layer> layers_;
     Norm final_norm_;
     LinearPtr head_;
-    RotaryTable rotary_;
     KvPages pages_;
+    Attention attention_;
     std::shared_ptr<Workspace> workspace_;
     mutable ForkSafeMutex mutex_;  // one call at a time
 };

@@ -37,7 +37,7 @@ void inherit(Kernels& to, const Kernels& from) {
     fill(to.matmul_f32, from.matmul_f32);
     fill(to.matmul_f16, from.matmul_f16);
     fill(to.matmul_bf16, from.matmul_bf16);
-    fill(to.add_weighted_rows, from.add_weighted_rows);
+    fill(to.vectors, from.vectors);
 }
 
 const std::vector<Kernels>& available() {

@@ -166,19 +166,11 @@ void matmul_floats(const FloatProduct& p) {
     }
 }
 
-void add_weighted_rows(const float* rows, ptrdiff_t stride, int count, int columns, const float* weights, float* out) {
-    for (int i = 0; i < columns; i += 8) {
-        __m256 sum = _mm256_loadu_ps(out + i);
-        for (int p = 0; p < count; ++p)
-            sum = _mm256_fmadd_ps(_mm256_set1_ps(weights[p]), _mm256_loadu_ps(rows + p * stride + i), sum);
-        _mm256_storeu_ps(out + i, sum);
-    }
-}
-
 ISA_END
 
 }  // namespace
 
+extern const VectorKernels kAvx2Vectors;
 extern const Kernels kAvx2;
 const Kernels kAvx2 = {
     "avx2",
@@ -189,7 +181,7 @@ const Kernels kAvx2 = {
     matmul_floats<F32>,
     matmul_floats<F16>,
     matmul_floats<BF16>,
-    add_weighted_rows,
+    &kAvx2Vectors,
 };
 
 }  // namespace tritkit

@@ -182,19 +182,11 @@ void matmul_floats(const FloatProduct& p) {
     }
 }
 
-void add_weighted_rows(const float* rows, ptrdiff_t stride, int count, int columns, const float* weights, float* out) {
-    for (int i = 0; i < columns; i += 16) {
-        __m512 sum = _mm512_loadu_ps(out + i);
-        for (int p = 0; p < count; ++p)
-            sum = _mm512_fmadd_ps(_mm512_set1_ps(weights[p]), _mm512_loadu_ps(rows + p * stride + i), sum);
-        _mm512_storeu_ps(out + i, sum);
-    }
-}
-
 ISA_END
 
 }  // namespace
 
+extern const VectorKernels kAvx512Vectors;
 extern const Kernels kAvx512;
 const Kernels kAvx512 = {
     "avx512",
@@ -205,7 +197,7 @@ const Kernels kAvx512 = {
     matmul_floats<F32>,
     matmul_floats<F16>,
     matmul_floats<BF16>,
-    add_weighted_rows,
+    &kAvx512Vectors,
 };
 
 }  // namespace tritkit

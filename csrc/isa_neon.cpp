@@ -208,14 +208,6 @@ void matmul_floats(const FloatProduct& p) {
     }
 }
 
-void add_weighted_rows(const float* rows, ptrdiff_t stride, int count, int columns, const float* weights, float* out) {
-    for (int i = 0; i < columns; i += 4) {
-        float32x4_t sum = vld1q_f32(out + i);
-        for (int p = 0; p < count; ++p) sum = vfmaq_n_f32(sum, vld1q_f32(rows + p * stride + i), weights[p]);
-        vst1q_f32(out + i, sum);
-    }
-}
-
 ISA_END
 
 }  // namespace
@@ -230,7 +222,7 @@ const Kernels kNeon = {
     matmul_floats<F32>,
     matmul_floats<F16>,
     matmul_floats<BF16>,
-    add_weighted_rows,
+    nullptr,  // the work on vectors is inherited
 };
 
 }  // namespace tritkit

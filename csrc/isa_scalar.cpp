@@ -72,15 +72,11 @@ void matmul_floats(const FloatProduct& p) {
 
 float identity(float value) { return value; }
 
-void add_weighted_rows(const float* rows, ptrdiff_t stride, int count, int columns, const float* weights, float* out) {
-    for (int p = 0; p < count; ++p)
-        for (int i = 0; i < columns; ++i) out[i] += weights[p] * rows[p * stride + i];
-}
-
 bool supported() { return true; }
 
 }  // namespace
 
+extern const VectorKernels kScalarVectors;
 extern const Kernels kScalar;
 const Kernels kScalar = {
     "scalar",
@@ -92,7 +88,7 @@ const Kernels kScalar = {
     matmul_floats<float, identity>,
     matmul_floats<uint16_t, float_from_f16>,
     matmul_floats<uint16_t, float_from_bf16>,
-    add_weighted_rows,
+    &kScalarVectors,
 };
 
 }  // namespace tritkit

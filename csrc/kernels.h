@@ -16,6 +16,8 @@
 #include <string>
 #include <vector>
 
+#include "vector_table.h"
+
 namespace tritkit {
 
 constexpr int kTileRows = 16;
@@ -89,9 +91,7 @@ struct Kernels {
     void (*matmul_f16)(const FloatProduct&);
     void (*matmul_bf16)(const FloatProduct&);
 
-    /// out[i] += sum over p of weights[p] * rows[p * stride + i], p in order. Attention's sum over the values.
-    void (*add_weighted_rows)(const float* rows, ptrdiff_t stride, int count, int columns, const float* weights,
-                              float* out);
+    const VectorKernels* vectors;
 };
 
 /// Names of the instruction sets that this CPU can run, slowest first.

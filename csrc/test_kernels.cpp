@@ -224,14 +224,102 @@ void test_floats(const char* isa) {
             expect(good, layout, isa, rows, columns, tokens);
         }
     }
-    std::vector<float> rows(50 * 64), weights(50), a(64, 1.0f), b(64, 1.0f);
-    for (float& value : rows) value = random_float();
-    for (float& value : weights) value = random_float();
-    kernels_for(isa).add_weighted_rows(rows.data(), 64, 50, 64, weights.data(), a.data());
-    kernels_for("scalar").add_weighted_rows(rows.data(), 64, 50, 64, weights.data(), b.data());
-    bool good = true;
-    for (size_t i = 0; i < a.size(); ++i) good = good && std::fabs(a[i] - b[i]) <= kTolerance;
-    expect(good, "add_weighted_rows", isa, 1, 64, 1);
+}
+
+/// Vectors of kernels that are written once: the same bits everywhere. The lengths do not fill the vectors.
+void test_vectors(const char* isa) {
+    const VectorKernels &a = *kernels_for(isa).vectors, &b = *kernels_for("scalar").vectors;
+    for (int n : {1, 2, 15, 16, 17, 63, 64, 100, 1023, 1025, 2560}) {
+        for (float size : {1e-20f, 1.0f, 30.0f, 1e20f}) {
+            std::vector<float> x(static_cast<size_t>(n)), weight(x.size());
+            for (float& value : x) value = random_float() * size;
+            for (float& value : weight) value = random_float();
+            auto same = [&](auto run, const char* what) {
+                std::vector<float> by_a = x, by_b = x;
+                run(a, by_a.data());
+                run(b, by_b.data());
+                expect(!std::memcmp(by_a.data(), by_b.data(), x.size() * sizeof(float)), what, isa, 1, n, 1);
+            };
+            same([&](const VectorKernels& k, float* y) { k.rms_norm(y, weight.data(), n, 1e-5f, y); }, "rms_norm");
+            same([&](const VectorKernels& k, float* y) { k.silu_gate(y, weight.data(), n); }, "silu_gate");
+            same([&](const VectorKernels& k, float* y) { k.relu2_gate(y, weight.data(), n); }, "relu2_gate");
+            expect(a.log_sum_exp(x.data(), n) == b.log_sum_exp(x.data(), n), "log_sum_exp", isa, 1, n, 1);
+            for (int bits : {16, 8, 4, 3}) {
+                std::vector<uint16_t> codes_a(static_cast<size_t>(round_up(n, kLanes))), codes_b = codes_a;
+                const bool good =
+                    a.encode(x.data(), n, bits, codes_a.data()) == b.encode(x.data(), n, bits, codes_b.data());
+                expect(good && codes_a == codes_b, "encode", isa, bits, n, 1);
+            }
+        }
+    }
+}
+
+/// The exponential behind silu, softmax and likelihoods: silu(x) / x = 1 / (1 + e^-x), against the library's.
+void test_exp(const char* isa) {
+    for (float x = -80.0f; x < 80.0f; x += 0.0371f) {
+        float found = x;
+        const float one = 1.0f;
+        kernels_for(isa).vectors->silu_gate(&found, &one, 1);
+        const double expected = x / (1.0 + std::exp(-static_cast<double>(x)));
+        expect(std::fabs(found - expected) <= 4e-7 * std::fabs(expected), "exp", isa, 1, 1, 1);
+    }
+}
+
+/// Attention of random tokens: [token, heads * head_dim]. `cuts` cuts the prompt into steps.
+std::vector<float> attention(const char* isa, const HeadShape& shape, int bits, int tokens, int threads,
+                             std::vector<int> cuts) {
+    random_numbers.seed(static_cast<unsigned>(shape.head_dim + bits + tokens));
+    const int q_size = shape.heads * shape.head_dim, kv_size = shape.kv_heads * shape.head_dim, layers = 2;
+    auto random_rows = [&](int size) {
+        std::vector<float> rows(static_cast<size_t>(tokens * size));
+        for (float& value : rows) value = random_float();
+        return rows;
+    };
+    const std::vector<float> q = random_rows(q_size), k = random_rows(kv_size), v = random_rows(kv_size);
+    std::vector<float> out(q.size() * layers);
+    KvPages pages(layers, shape.kv_heads, shape.head_dim, bits);
+    Attention attention(shape, 10000.0, pages, kernels_for(isa), threads);
+    Pool pool(threads);
+    const int sequence = pages.create();
+    cuts.push_back(tokens);
+    for (int begin = 0, i = 0; begin < tokens; begin = cuts[static_cast<size_t>(i)], ++i) {
+        const int count = cuts[static_cast<size_t>(i)] - begin;
+        pages.reserve(sequence, count);
+        std::vector<Token> step;
+        for (int t = 0; t < count; ++t) step.push_back({0, &pages.at(sequence), begin + t});
+        attention.prepare(step, layers);
+        pool.run([&](Team& team) {
+            for (int layer = 0; layer < layers; ++layer) {
+                attention.store(team, layer, q.data() + begin * q_size, k.data() + begin * kv_size,
+                                v.data() + begin * kv_size);
+                team.barrier();
+                attention.attend(team, layer, out.data() + (layer * tokens + begin) * q_size, q_size);
+                team.barrier();
+            }
+        });
+        pages.advance(sequence, count);
+    }
+    return out;
+}
+
+void test_attention(const char* isa) {
+    const HeadShape shapes[] = {{4, 2, 10}, {3, 1, 34}, {5, 5, 16}, {8, 2, 64}, {4, 1, 128}, {40, 1, 18}};
+    for (const HeadShape& shape : shapes) {
+        for (int bits : {32, 16, 8, 4, 3}) {
+            for (int tokens : {1, 70, 300}) {
+                const std::vector<float> expected = attention("scalar", shape, bits, tokens, 1, {});
+                auto check = [&](int threads, std::vector<int> cuts) {
+                    const std::vector<float> found = attention(isa, shape, bits, tokens, threads, std::move(cuts));
+                    expect(!std::memcmp(found.data(), expected.data(), found.size() * sizeof(float)), "attention", isa,
+                           bits, shape.head_dim, tokens);
+                };
+                check(1, {});
+                check(3, {});
+                if (tokens == 70) check(2, {1, 2, 5, 64, 65});
+                if (tokens == 300) check(2, {250, 257, 299});
+            }
+        }
+    }
 }
 
 /// Barriers of a pool keep every thread's writes before every other thread's reads; pauses let the threads sleep.
@@ -292,6 +380,9 @@ int main() {
         test_tiles(isa.c_str());
         test_quantize(isa.c_str());
         test_floats(isa.c_str());
+        test_vectors(isa.c_str());
+        test_exp(isa.c_str());
+        test_attention(isa.c_str());
         std::printf("%s: done\n", isa.c_str());
     }
     std::printf("%d failures\n", failures);

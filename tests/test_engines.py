@@ -38,7 +38,7 @@ def teacher_forced(engine, tokens: np.ndarray, context: int) -> np.ndarray:
 
 
 def both(folder, tokens, context=128):
-    return [teacher_forced(load(folder, name).engine, tokens, context) for name in ("native", "torch")]
+    return [teacher_forced(load(folder, name, kv_bits=32).engine, tokens, context) for name in ("native", "torch")]
 
 
 def check_close(native: np.ndarray, torch_: np.ndarray) -> None:
@@ -107,7 +107,7 @@ def test_engines_agree_on_the_interface(make_folder, tokens):
     folder = make_folder("llama")
     outcomes = []
     for name in ("native", "torch"):
-        engine = load(folder, name).engine
+        engine = load(folder, name, kv_bits=32).engine
         a = engine.new()
         engine.step([Job(a, tokens[:20], "none")])
         b = engine.fork(a)

@@ -64,6 +64,7 @@ def converse(
     folder: Path | str | None,
     engine: str,
     threads: int,
+    kv_bits: int | None,
     system: str | None,
     max_tokens: int,
     sampling: Sampling,
@@ -73,7 +74,7 @@ def converse(
 
     A conversation that outgrows the context loses its oldest turns. Up to half of the context is kept for the answer.
     """
-    model = load(folder, engine, threads)
+    model = load(folder, engine, threads, kv_bits)
     context = model.engine.context_length
     room = context - max(1, min(max_tokens, context // 2))
     messages: list[Message] = [{"role": "system", "content": system}] if system else []

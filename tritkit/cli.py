@@ -79,6 +79,9 @@ def parser_of(verb: str, description: str, example: str) -> Parser:
 def _engine_options(parser: Parser) -> None:
     parser.add_argument("--engine", choices=("native", "torch"), default="native", help="who runs it (default native)")
     parser.add_argument("--threads", type=_threads, default=0, help="CPU threads (default: all usable cores)")
+    parser.add_argument(
+        "--kv-bits", type=int, choices=(32, 16, 8, 4, 3), help="bits of a cached key or value (default 16; torch: 32)"
+    )
 
 
 def _threads(text: str) -> int:
@@ -207,7 +210,7 @@ def generate(arguments: list[str]) -> int:
     from .engine.text import Request, Timing, stream_text
 
     request = Request(options.prompt, options.max_tokens, _sampling(options), tuple(options.stop))
-    model = load(options.model, options.engine, options.threads)
+    model = load(options.model, options.engine, options.threads, options.kv_bits)
     timing = Timing()
     pieces = stream_text(model, request, timing)
     first = next(pieces, "")  # a prompt that is refused is not printed either
@@ -242,6 +245,7 @@ def chat(arguments: list[str]) -> int:
         options.model,
         options.engine,
         options.threads,
+        options.kv_bits,
         options.system,
         options.max_tokens,
         _sampling(options),
@@ -271,7 +275,7 @@ def evaluate(arguments: list[str]) -> int:
     from .evals.perplexity import evaluate as run
     from .tables import print_metrics
 
-    model = load(options.model, options.engine, options.threads)
+    model = load(options.model, options.engine, options.threads, options.kv_bits)
     metrics = run(
         model,
         options.data or None,
@@ -306,7 +310,7 @@ def bench(arguments: list[str]) -> int:
     from .evals.speed import measure
     from .tables import print_metrics
 
-    model = load(options.model, options.engine, options.threads)
+    model = load(options.model, options.engine, options.threads, options.kv_bits)
     metrics = measure(model, options.prompt_tokens, options.tokens, options.repeat)
     if not options.no_record and options.model is not None:
         settings = {k: v for k, v in vars(options).items() if k not in ("model", "no_record")}

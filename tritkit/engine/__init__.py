@@ -30,6 +30,7 @@ class Engine(Protocol):
     name: str
     vocab_size: int
     context_length: int
+    kv_bits: int  # of a cached key or value
 
     def new(self) -> int:
         """An empty sequence."""

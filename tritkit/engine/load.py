@@ -39,19 +39,28 @@ def bundled_folder() -> Path:
     return Path(__file__).parent.parent / "bundled" / "model"
 
 
-def load(folder: Path | str | None = None, engine: str = "native", threads: int = 0) -> Model:
+def load(
+    folder: Path | str | None = None, engine: str = "native", threads: int = 0, kv_bits: int | None = None
+) -> Model:
     """Open a model folder (none: the bundled model) with the ``native`` or the ``torch`` engine.
 
-    threads: 0 uses all usable cores. ValueError where the folder is no model, the tokenizer does not fit it, or the
-    engine cannot run it.
+    threads: 0 uses all usable cores. kv_bits: width of the cached keys and values, 32, 16, 8, 4 or 3; none: 16 with the
+    native engine, 32 with torch, which has no other. ValueError where the folder is no model, the tokenizer does not
+    fit it, or the engine cannot run it.
     """
     opened = open_folder(folder if folder is not None else bundled_folder())
     tokenizer = opened.tokenizer()
     if engine == "native":
         from .native import NativeEngine
 
-        return Model(opened, NativeEngine(decoder_weights(opened), threads=threads), tokenizer)
+        return Model(
+            opened,
+            NativeEngine(decoder_weights(opened), threads, kv_bits=16 if kv_bits is None else kv_bits),
+            tokenizer,
+        )
     if engine == "torch":
+        if kv_bits not in (None, 32):
+            raise ValueError(f"kv_bits is {kv_bits}, but the torch engine keeps keys and values at 32 bits")
         from .torch import TorchEngine
 
         return Model(opened, TorchEngine.open(opened, threads=threads), tokenizer)

@@ -18,12 +18,15 @@ NORMS = ("input_norm", "post_attention_norm", "attn_sub_norm", "ffn_sub_norm")
 class NativeEngine:
     """Runs `weights` on `threads` threads (0: all usable cores) with the kernels of `isa` (None: the fastest).
 
+    kv_bits: width of the cached keys and values. 32: as computed; 16: float16; 8, 4, 3: codes with a float16 scale for
+    each token and head, the first token of a sequence at 8. ValueError for any other.
+
     The weights are copied into the layout that the kernels read; the arrays are not needed afterwards.
     """
 
     name = "native"
 
-    def __init__(self, weights: DecoderWeights, threads: int = 0, isa: str | None = None):
+    def __init__(self, weights: DecoderWeights, threads: int = 0, isa: str | None = None, kv_bits: int = 16):
         check(weights)
         runner = _native.Runner(threads, isa or "")
         self.vocab_size = weights.shape.vocab_size
@@ -38,12 +41,19 @@ class NativeEngine:
             [_layer(runner, f"layers[{i}]", layer) for i, layer in enumerate(weights.layers)],
             np.ascontiguousarray(weights.final_norm),
             None if head is None else _linear(runner, "head", head),
+            kv_bits,
         )
+        self.kv_bits: int = self._decoder.kv_bits
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes of weights, in the layouts of the kernels, that decoding one token reads."""
         return self._decoder.bytes_per_token
+
+    @property
+    def kv_bytes_per_position(self) -> float:
+        """Bytes of keys and values, scales and padding included, that one token takes and each later one reads."""
+        return self._decoder.kv_bytes_per_position
 
     def new(self) -> int:
         return self._decoder.new()

@@ -22,6 +22,7 @@ class TorchEngine:
     """Runs jobs one after the other, each on its own cache. ``model`` is any Transformer in evaluation."""
 
     name = "torch"
+    kv_bits = 32
 
     def __init__(self, model: Transformer):
         self.model = model.eval()

@@ -88,6 +88,7 @@ def evaluate(
         f"{name}_context": context,
         f"{name}_text": ", ".join(f.name for f in files) if sources else "bundled held-out books",
         "eval_engine": engine.name,
+        "eval_kv_bits": engine.kv_bits,
         "eval_tokens_per_second": tokens / seconds,
     }
     if protocol == "document" and not limit:

@@ -44,7 +44,7 @@ def measure(model: Model, prompt_tokens: int = 128, tokens: int = 64, repeat: in
             prefill.append(prompt_tokens / (middle - begin))
             decode.append(tokens / (end - middle))
             advance(len(ids))
-    metrics = {f"{engine.name}_peak_mib": peak_memory_mib()}
+    metrics = {f"{engine.name}_peak_mib": peak_memory_mib(), f"{engine.name}_kv_bits": engine.kv_bits}
     for name, rates in (("prefill", prefill[1:]), ("decode", decode[1:])):
         metrics[f"{engine.name}_{name}_rate"] = statistics.median(rates)
         metrics[f"{engine.name}_{name}_rate_sd"] = statistics.stdev(rates) if len(rates) > 1 else 0.0
