@@ -6,6 +6,7 @@ A folder is written piece by piece, so that a large one costs disk, not memory. 
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -44,7 +45,7 @@ SHAPES: dict[str, ModelConfig] = {
     "llama-tiny": _shape("llama", (256, 768, 2, 4, 2), 512),
 }
 
-PIECE = 1 << 20  # elements that are made at a time
+PIECE = 96 << 14  # words that are drawn at a time: whole blocks of every layout
 
 
 def shape_named(name: str, positions: int = 0) -> ModelConfig:
@@ -79,13 +80,50 @@ def random_folder(name: str, config: ModelConfig) -> Iterator[Path]:
         yield folder
 
 
+def linear_spread(config: ModelConfig, name: str) -> float:
+    """Standard deviation of a linear's weights: its outputs have variance one for inputs of variance one, and those
+    that are added to the residual stream share that among the layers."""
+    added = name.endswith(("o_proj", "down_proj"))
+    return 1 / math.sqrt(linear_shape(config, name)[1] * (2 * config.num_hidden_layers if added else 1))
+
+
+def norm_sizes(config: ModelConfig) -> dict[str, int]:
+    sizes = {"input_layernorm": config.hidden_size, "post_attention_layernorm": config.hidden_size}
+    if config.sub_norms:
+        heads = config.num_attention_heads * config.head_dim
+        sizes |= {"self_attn.attn_sub_norm": heads, "mlp.ffn_sub_norm": config.intermediate_size}
+    norms = {f"model.layers.{i}.{n}": size for i in range(config.num_hidden_layers) for n, size in sizes.items()}
+    return norms | {"model.norm": config.hidden_size}
+
+
+def normal_values() -> np.ndarray:
+    """65536 values that are distributed as N(0, 1)."""
+    normal = NormalDist()
+    return np.array([normal.inv_cdf((i + 0.5) / 65536) for i in range(65536)], np.float32)
+
+
+def ternary_words() -> np.ndarray:
+    """65536 words of eight codes in two bits each, as even over all 3^8 as that number allows."""
+    byte = np.array([a | b << 2 | c << 4 | d << 6 for a, b, c, d in itertools.product(range(3), repeat=4)])
+    pairs = np.arange(65536) * 81**2 // 65536
+    return (byte[pairs // 81] | byte[pairs % 81] << 8).astype(np.uint16)
+
+
+def draw(chance: np.random.BitGenerator, count: int, table: np.ndarray) -> Iterator[np.ndarray]:
+    """``count`` random rows of a table of 65536, a piece at a time."""
+    while count:
+        size = min(PIECE, count)
+        yield table[chance.random_raw(-(-size // 4)).view(np.uint16)[:size]]
+        count -= size
+
+
 @dataclass(frozen=True)
 class _Tensor:
-    """What is to be written: random elements drawn from a table, or one value everywhere."""
+    """What is to be written: random words of two bytes from a table, or ones times ``value``."""
 
     dtype: str
     shape: tuple[int, ...]
-    table: np.ndarray | None = None  # 65536 elements of a kind
+    table: np.ndarray | None = None
     value: float = 1.0
 
     @property
@@ -93,68 +131,31 @@ class _Tensor:
         return math.prod(self.shape) * np.dtype(DTYPES[self.dtype]).itemsize
 
     def pieces(self, chance: np.random.BitGenerator) -> Iterator[np.ndarray]:
-        if self.table is None:
-            yield np.full(self.shape, self.value, DTYPES[self.dtype])
-            return
-        left = self.nbytes // 2  # both kinds of table hold two bytes an element
-        while left:
-            count = min(PIECE, left)
-            numbers = chance.random_raw(-(-count // 4)).view(np.uint16)[:count]
-            yield self.table[numbers]
-            left -= count
+        if self.table is not None:
+            return draw(chance, self.nbytes // 2, self.table)
+        return iter([np.full(self.shape, self.value, DTYPES[self.dtype])])
 
 
 def _plan(config: ModelConfig) -> dict[str, _Tensor]:
-    """Every tensor of a folder. Each output of a linear has variance one for inputs of variance one; those that are
-    added to the residual stream share that variance among the layers."""
-    normal = NormalDist()
-    quantiles = np.array([normal.inv_cdf((i + 0.5) / 65536) for i in range(65536)], np.float32)
-    codes = _ternary_bytes()
+    values, words = normal_values(), ternary_words()
     plan = {}
     for name in linear_names(config):
-        rows, columns = linear_shape(config, name)
-        spread = 1 / math.sqrt(columns)
-        if name.endswith(("o_proj", "down_proj")):
-            spread /= math.sqrt(2 * config.num_hidden_layers)
+        (rows, columns), spread = linear_shape(config, name), linear_spread(config, name)
         if config.weights:
-            packed = (rows // 4, columns)
-            if rows % 4 or columns % 2:
-                raise ValueError(
-                    f"{name} is {rows} x {columns}, which cannot be packed four rows and two columns at a time"
-                )
-            plan[f"{name}.weight"] = _Tensor("U8", packed, codes)
+            plan[f"{name}.weight"] = _Tensor("U8", (rows // 4, columns), words)
             plan[f"{name}.weight_scale"] = _Tensor("F32", (1,), value=spread / math.sqrt(2 / 3))
         else:
-            plan[f"{name}.weight"] = _Tensor("BF16", (rows, columns), float_to_bf16(spread * quantiles))
-    table = float_to_bf16(quantiles / math.sqrt(config.hidden_size))
+            plan[f"{name}.weight"] = _Tensor("BF16", (rows, columns), float_to_bf16(spread * values))
+    table = float_to_bf16(values / math.sqrt(config.hidden_size))
     plan["model.embed_tokens.weight"] = _Tensor("BF16", (config.vocab_size, config.hidden_size), table)
-    sizes = {"input_layernorm": config.hidden_size, "post_attention_layernorm": config.hidden_size}
-    if config.sub_norms:
-        heads = config.num_attention_heads * config.head_dim
-        sizes |= {"self_attn.attn_sub_norm": heads, "mlp.ffn_sub_norm": config.intermediate_size}
-    norms = {f"model.layers.{i}.{n}": size for i in range(config.num_hidden_layers) for n, size in sizes.items()}
-    for name, size in (norms | {"model.norm": config.hidden_size}).items():
-        plan[f"{name}.weight"] = _Tensor("F32", (size,))
-    return plan
-
-
-def _ternary_bytes() -> np.ndarray:
-    """65536 pairs of bytes that are four codes each, as even over the 3^8 pairs as that number allows."""
-    byte = np.array(
-        [a | b << 2 | c << 4 | d << 6 for a in range(3) for b in range(3) for c in range(3) for d in range(3)]
-    )
-    pairs = np.arange(65536) * 81**2 // 65536
-    return (byte[pairs // 81] | byte[pairs % 81] << 8).astype(np.uint16)
+    return plan | {f"{name}.weight": _Tensor("F32", (size,)) for name, size in norm_sizes(config).items()}
 
 
 def _write(folder: Path, config: ModelConfig, plan: dict[str, _Tensor], advance: Advance) -> None:
     tree = config.to_hf()
     if config.weights:
-        tree["quantization_config"] = {
-            "quant_method": "bitnet",
-            "linear_class": "autobitlinear",
-            "quantization_mode": "offline",
-        }
+        offline = {"linear_class": "autobitlinear", "quantization_mode": "offline"}
+        tree["quantization_config"] = {"quant_method": "bitnet", **offline}
     (folder / "config.json").write_text(json.dumps(tree), encoding="utf-8")
     chance = np.random.SFC64(0)
     with open(folder / "model.safetensors", "wb") as file:
