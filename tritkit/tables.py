@@ -117,6 +117,16 @@ def print_bench(title: str, rows: list[dict[str, Any]], machine: Machine) -> Non
         soft_wrap=True,
         highlight=False,
     )
+    if len(rows) > 1:
+        *ours, theirs = rows
+        for row in ours:
+            decode, prefill = (row[f"{test}_tok_s"] / theirs[f"{test}_tok_s"] for test in ("decode", "prefill"))
+            screen.print(
+                f"With the {row['head']} head {row['engine']} is {decode:.2f} times as fast as {theirs['engine']} "
+                f"({theirs['layout']}, {theirs['head']}) in decode, {prefill:.2f} times in prefill.",
+                soft_wrap=True,
+                highlight=False,
+            )
     slow = sum(row["prefill_slow_samples"] + row["decode_slow_samples"] for row in rows)
     if slow:
         counted = sum(row["prefill_samples"] + row["decode_samples"] for row in rows)

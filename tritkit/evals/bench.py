@@ -13,10 +13,11 @@ from typing import Any
 from .. import results
 from ..checkpoint import open_folder
 from ..models.config import ModelConfig
+from . import peer
 from .child import Child
 from .machine import Limits, Machine, best_of
 from .shapes import SHAPES, random_folder, shape_named
-from .speed import Ours, Work, report, take_turns
+from .speed import TESTS, Ours, Work, report, take_turns
 
 LLAMA_BENCH = Work()  # pp512, tg128
 
@@ -40,6 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeat", type=int, default=5, help="samples that count (default 5)")
     for name, arguments in ENGINE_OPTIONS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", dest=name, **arguments)
+    parser.add_argument("--peer", choices=peer.PEERS, help="run the same shape there too, turn by turn")
     parser.add_argument("--json", action="store_true", help="only the line of JSON")
     parser.add_argument("--no-record", action="store_true", help="do not add the numbers to results.json")
 
@@ -50,51 +52,77 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("give either a model folder or --shape, not both")
     if options.repeat < 1:
         raise ValueError(f"--repeat is {options.repeat}, expected at least 1")
+    asked = {key: getattr(options, key) for key in ENGINE_OPTIONS if getattr(options, key) is not None}
     with _model(options) as (name, folder, config):
-        row, machine = measure(name, folder, config, _work(options, config), options)
+        rows, machine = measure(
+            *(name, folder, config, _work(options, config)),
+            engine=options.engine,
+            threads=options.threads,
+            repeat=options.repeat,
+            against=options.peer,
+            asked=asked,
+        )
     if options.model is not None and not options.no_record:
         settings = {k: v for k, v in vars(options).items() if k not in ("model", "no_record", "json")}
-        results.record(options.model, "bench", settings, _metrics(options.engine, row))
+        results.record(options.model, "bench", settings, _metrics(options.engine, rows[0]))
     if not options.json:
         from ..tables import print_bench
 
-        print_bench(name, [row], machine)
-    print(json.dumps({key: row[key] for key in KEYS} | row))
+        print_bench(name, rows, machine)
+    line = {key: rows[0][key] for key in KEYS} | rows[0]
+    if options.peer:
+        line |= {"ratios": ratios(rows), "others": rows[1:]}
+    print(json.dumps(line))
     return 0
 
 
 @contextmanager
 def _model(options: argparse.Namespace) -> Iterator[tuple[str, Path, ModelConfig]]:
+    """Name, folder and shape of what is measured; what cannot be is refused before anything is written."""
     if options.shape is None:
         from ..engine.load import bundled_folder
 
         folder = Path(options.model) if options.model is not None else bundled_folder()
-        yield str(folder), folder, open_folder(folder).config
+        config = open_folder(folder).config
+        if options.peer:
+            peer.require(options.peer, config)
+        yield (str(folder) if options.model is not None else "the bundled model"), folder, config
         return
-    wanted = _work(options, shape_named(options.shape, 1 << 30))
-    config = shape_named(options.shape, wanted.positions())
+    config = shape_named(options.shape, _work(options, None).positions())
+    if options.peer:
+        peer.require(options.peer, config)
     with random_folder(options.shape, config) as folder:
         yield options.shape, folder, config
 
 
-def _work(options: argparse.Namespace, config: ModelConfig) -> Work:
-    """llama-bench's sizes, cut to a model with a shorter context, unless others were asked for."""
-    room = config.max_position_embeddings
-    prompt = min(LLAMA_BENCH.prompt, room) if options.prompt is None else options.prompt
-    tokens = options.tokens
+def _work(options: argparse.Namespace, config: ModelConfig | None) -> Work:
+    """llama-bench's sizes unless others were asked for, cut to the context of a model (None: of any length)."""
+    prompt, tokens = options.prompt, options.tokens
+    room = None if config is None else config.max_position_embeddings
+    if prompt is None:
+        prompt = LLAMA_BENCH.prompt if room is None else min(LLAMA_BENCH.prompt, room)
     if tokens is None:
-        tokens = min(LLAMA_BENCH.tokens, max(room - options.context, 1))
+        tokens = LLAMA_BENCH.tokens if room is None else min(LLAMA_BENCH.tokens, max(room - options.context, 1))
     work = Work(prompt, tokens, options.context, options.batch)
-    work.require_room(room)
+    if room is not None:
+        work.require_room(room)
     return work
 
 
 def measure(
-    name: str, folder: Path, config: ModelConfig, work: Work, options: argparse.Namespace
-) -> tuple[dict[str, Any], Machine]:
-    """One row: the model's samples between two looks at what the machine can do."""
-    asked = {key: getattr(options, key) for key in ENGINE_OPTIONS if getattr(options, key) is not None}
-    reads, peaks = [], []
+    name: str,
+    folder: Path,
+    config: ModelConfig,
+    work: Work,
+    *,
+    engine: str = "native",
+    threads: int = 0,
+    repeat: int = 5,
+    against: str | None = None,
+    asked: dict[str, Any] | None = None,
+) -> tuple[list[dict[str, Any]], Machine]:
+    """A row for each contestant, ours first, measured in turns between two looks at what the machine can do."""
+    asked, reads, peaks = asked or {}, [], []
 
     def look_at_the_machine(threads: int) -> None:
         with Child("the machine's limits", Limits, threads) as limits:
@@ -102,16 +130,48 @@ def measure(
             peaks.append(limits.call("peak"))
 
     with ExitStack() as stack:
-        ours = stack.enter_context(
-            Child(f"the {options.engine} engine", Ours, folder, work, options.threads, options.engine, asked)
-        )
-        facts = ours.call("told")
-        look_at_the_machine(facts["threads"])
-        found = take_turns([ours], work, options.repeat, min(max(peaks, key=sum)))
-        look_at_the_machine(facts["threads"])
+        enter = stack.enter_context
+        children = [enter(Child(f"the {engine} engine", Ours, folder, work, threads, engine, asked))]
+        threads = children[0].call("told")["threads"]
+        if against:
+            children += [enter(Child(*other)) for other in _others(stack, name, folder, config, work, threads, asked)]
+        look_at_the_machine(threads)
+        found = take_turns(children, work, repeat, min(max(peaks, key=sum)))
+        look_at_the_machine(threads)
         machine = best_of(reads, peaks)
-        row = report(facts, found[0], machine, config, work, ours.call("peak_mib"))
-    return row | {"shape": name, **asdict(work)}, machine
+        rows = [
+            report(child.call("told"), samples, machine, config, work, child.call("peak_mib"))
+            | {"shape": name, **asdict(work)}
+            for child, samples in zip(children, found, strict=True)
+        ]
+    return rows, machine
+
+
+def _others(
+    stack: ExitStack,
+    name: str,
+    folder: Path,
+    config: ModelConfig,
+    work: Work,
+    threads: int,
+    asked: dict[str, Any],
+) -> Iterator[tuple]:
+    """What `Child` takes for llama.cpp, and for ourselves with a head as wide as its."""
+    if "head" in ENGINE_OPTIONS and config.weights and asked.get("head") != "int6":
+        alike = asked | {"head": "int6"}
+        yield "the native engine with a 6-bit head", Ours, folder, work, threads, "native", alike
+    path, facts = stack.enter_context(peer.random_gguf(name, config))
+    yield "llama.cpp", peer.LlamaCpp, path, work, threads, facts
+
+
+def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """How many times as fast each of our rows is as the last, the peer's: "decode", "prefill", "decode int6" ..."""
+    *ours, theirs = rows
+    return {
+        test + (f" {row['head']}" if i else ""): row[f"{test}_tok_s"] / theirs[f"{test}_tok_s"]
+        for i, row in enumerate(ours)
+        for test in TESTS[::-1]
+    }
 
 
 def _metrics(engine: str, row: dict[str, Any]) -> dict[str, Any]:

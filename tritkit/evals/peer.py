@@ -217,12 +217,12 @@ class LlamaCpp(Contestant):
                 remove(self.memory, sequence, self.work.context, -1)
             self.filled = True
 
-    def prefill(self) -> Iterator[object]:
+    def prefill(self) -> Iterator[None]:
         for position in range(0, self.work.prompt, N_BATCH):
             self.append([self.prompt_sequence], position, min(N_BATCH, self.work.prompt - position))
             yield
 
-    def decode(self) -> Iterator[object]:
+    def decode(self) -> Iterator[None]:
         for i in range(self.work.tokens):
             self.append(range(self.work.batch), self.work.context + i, 1)
             yield

@@ -83,10 +83,10 @@ class Contestant:
         """Brings the sequences to where ``test`` begins; not timed."""
         raise NotImplementedError
 
-    def prefill(self) -> Iterator[object]:
+    def prefill(self) -> Iterator[None]:
         raise NotImplementedError
 
-    def decode(self) -> Iterator[object]:
+    def decode(self) -> Iterator[None]:
         raise NotImplementedError
 
 
@@ -131,8 +131,8 @@ class Ours(Contestant):
         self.facts["ready_s"] = time.perf_counter() - began
 
     def prepare(self, test: str) -> None:
+        self.engine.truncate(self._prompt, 0)
         if test == "prefill":
-            self.engine.truncate(self._prompt, 0)
             return
         while len(self._sequences) < self.work.batch:
             sequence = self.engine.new()
@@ -142,16 +142,17 @@ class Ours(Contestant):
         for sequence in self._sequences:
             self.engine.truncate(sequence, self.work.context)
 
-    def prefill(self) -> Iterator[object]:
+    def prefill(self) -> Iterator[None]:
         yield from self._step([self._prompt], self.work.prompt)
 
-    def decode(self) -> Iterator[object]:
+    def decode(self) -> Iterator[None]:
         for _ in range(self.work.tokens):
             yield from self._step(self._sequences, 1)
 
-    def _step(self, sequences: Sequence[int], tokens: int) -> Iterator[object]:
+    def _step(self, sequences: Sequence[int], tokens: int) -> Iterator[None]:
         ids = self._chance.integers(0, self.engine.vocab_size, (len(sequences), tokens)).astype(np.int32)
-        yield self.engine.step([Job(s, row, "last") for s, row in zip(sequences, ids, strict=True)])
+        self.engine.step([Job(s, row, "last") for s, row in zip(sequences, ids, strict=True)])
+        yield
 
 
 def _head(config: ModelConfig) -> str:
