@@ -12,8 +12,8 @@ from tritkit import _native
 
 BUFFER = 512 << 20  # bytes, far beyond any cache
 STREAMS = (1, 2, 4, 8)  # side by side on each thread
-AHEAD = (0, 2048, 4096)  # bytes of prefetch
-PASSES = 7
+AHEAD = (0, 2048)  # bytes of prefetch
+PASSES = 5
 PROBE_SECONDS = 3e-4
 SETTLE_SECONDS = 5e-3  # until other people's threads have stopped spinning
 PIECE_SECONDS = 0.25  # of work between two probes

@@ -197,6 +197,7 @@ class LlamaCpp(Contestant):
         self.chance = np.random.default_rng(0)
         self.filled = False
         self.append([0], 0, 1)
+        lib.llama_memory_clear(self.memory, True)
         self.facts = {
             "engine": "llama.cpp",
             "threads": threads,
@@ -244,3 +245,7 @@ class LlamaCpp(Contestant):
         if code:
             raise ValueError(f"llama_decode gave {code}")
         self.lib.llama_synchronize(self.context)
+
+    def logits(self, i: int) -> NDArray[np.float32]:
+        """Those of the i-th token of the last batch."""
+        return np.ctypeslib.as_array(self.lib.llama_get_logits_ith(self.context, i), (self.vocab_size,)).copy()
