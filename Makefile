@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed-in-seconds
+PEERS := $(VENV)/peers-in-seconds
 SOURCES := pyproject.toml constraints-cpu.txt CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h)
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off -c constraints-cpu.txt
@@ -32,6 +33,11 @@ $(INSTALLED): $(SOURCES)
 	    echo "building tritkit and installing the rest" && $(PIP) --quiet --no-build-isolation -e '.[dev]' && \
 	    echo $$(($$(date +%s) - start)) > $@ && echo "set up in $$(cat $@) s"
 
+# llama.cpp comes as source. pip keeps what it has compiled, so only the first time takes long.
+$(PEERS): $(INSTALLED) constraints-cpu.txt
+	@start=$$(date +%s) && echo "compiling llama-cpp-python: ten minutes on two cores, the first time" && \
+	    $(PIP) --quiet llama-cpp-python && echo $$(($$(date +%s) - start)) > $@ && echo "peers set up in $$(cat $@) s"
+
 demo: $(INSTALLED) ## the whole path: generate, train three small models, pack, evaluate, compare
 	@echo "set-up: $$(cat $(INSTALLED)) s, done once"
 	$(BIN)/python examples/demo.py
@@ -39,7 +45,7 @@ demo: $(INSTALLED) ## the whole path: generate, train three small models, pack, 
 test: $(INSTALLED) ## the quick tests
 	$(BIN)/python -m pytest -q -m "not slow and not gpu and not interop"
 
-interop: $(INSTALLED) ## compare with other projects (transformers)
+interop: $(PEERS) ## compare with other projects (transformers, llama.cpp)
 	$(BIN)/python -m pytest -q -m interop
 
 slow: $(INSTALLED) ## the tests that take minutes

@@ -12,6 +12,7 @@
 #include <optional>
 
 #include "decoder.h"
+#include "machine.h"
 #include "sampling.h"
 
 namespace nb = nanobind;
@@ -312,6 +313,12 @@ NB_MODULE(_native, m) {
         .def(nb::init<int, const std::string&>(), "threads"_a = 0, "isa"_a = "")
         .def_prop_ro("threads", [](const Runner& r) { return r.pool.size(); })
         .def_prop_ro("isa", [](const Runner& r) { return r.kernels.isa; });
+
+    m.def("integer_peak", &integer_peak, "runner"_a, "seconds"_a, Release(),
+          "Gop/s of each thread, while all of them multiply codes in registers for about so long.");
+    nb::class_<MemoryReader>(m, "MemoryReader", "A buffer of so many bytes, to be read from memory.")
+        .def(nb::init<std::shared_ptr<Runner>, size_t>(), "runner"_a, "bytes"_a, Release())
+        .def("read", &MemoryReader::pass, "streams"_a, "ahead"_a, Release(), "GB/s of one pass over the buffer.");
 
     nb::class_<Linear>(m, "Linear", "One matrix in its run-time layout.")
         .def(nb::new_(&new_linear), "runner"_a, "layout"_a, "data"_a, "rows"_a, "cols"_a, "scale"_a,

@@ -38,6 +38,8 @@ void inherit(Kernels& to, const Kernels& from) {
     fill(to.matmul_f16, from.matmul_f16);
     fill(to.matmul_bf16, from.matmul_bf16);
     fill(to.vectors, from.vectors);
+    fill(to.read_stream, from.read_stream);
+    fill(to.integer_peak, from.integer_peak);
 }
 
 const std::vector<Kernels>& available() {

@@ -166,6 +166,54 @@ void matmul_floats(const FloatProduct& p) {
     }
 }
 
+// --- What the machine can do at best.
+
+template <int streams>
+uint64_t read_runs(const uint8_t* data, size_t bytes, int ahead) {
+    const size_t run = bytes / streams;
+    __m256i sums[streams];
+    for (int s = 0; s < streams; ++s) sums[s] = _mm256_setzero_si256();
+    for (size_t i = 0; i < run; i += kBlockBytes) {
+#pragma GCC unroll 8
+        for (int s = 0; s < streams; ++s) {
+            const uint8_t* at = data + s * run + i;
+            if (ahead) _mm_prefetch(reinterpret_cast<const char*>(at + ahead), _MM_HINT_T0);
+            const auto* half = reinterpret_cast<const __m256i*>(at);
+            sums[s] = _mm256_xor_si256(sums[s], _mm256_loadu_si256(half));
+            sums[s] = _mm256_xor_si256(sums[s], _mm256_loadu_si256(half + 1));
+        }
+    }
+    uint64_t words[4], sum = 0;
+    for (int s = 0; s < streams; ++s) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(words), sums[s]);
+        for (uint64_t word : words) sum ^= word;
+    }
+    return sum;
+}
+
+uint64_t read_stream(const uint8_t* data, size_t bytes, int streams, int ahead) {
+    return streams == 1   ? read_runs<1>(data, bytes, ahead)
+           : streams == 2 ? read_runs<2>(data, bytes, ahead)
+           : streams == 4 ? read_runs<4>(data, bytes, ahead)
+                          : read_runs<8>(data, bytes, ahead);
+}
+
+int64_t integer_peak(int64_t rounds) {
+    constexpr int chains = 8;  // more than the latency of an addition
+    __m256i codes = _mm256_set1_epi8(1), x = _mm256_set1_epi8(1), sums[chains];
+    for (__m256i& sum : sums) sum = _mm256_setzero_si256();
+    for (int64_t i = 0; i < rounds; ++i) {
+#pragma GCC unroll 8
+        for (int c = 0; c < chains; ++c) {
+            asm("" : "+x"(codes));  // other codes, as far as the compiler knows: multiply again
+            sums[c] = _mm256_add_epi16(sums[c], _mm256_maddubs_epi16(codes, x));
+        }
+    }
+#pragma GCC unroll 8
+    for (int c = 0; c < chains; ++c) asm volatile("" : : "x"(sums[c]));
+    return rounds * chains * 32 * 2;
+}
+
 ISA_END
 
 }  // namespace
@@ -182,6 +230,8 @@ const Kernels kAvx2 = {
     matmul_floats<F16>,
     matmul_floats<BF16>,
     &kAvx2Vectors,
+    read_stream,
+    integer_peak,
 };
 
 }  // namespace tritkit

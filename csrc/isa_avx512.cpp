@@ -182,6 +182,50 @@ void matmul_floats(const FloatProduct& p) {
     }
 }
 
+// --- What the machine can do at best.
+
+template <int streams>
+uint64_t read_runs(const uint8_t* data, size_t bytes, int ahead) {
+    const size_t run = bytes / streams;
+    __m512i sums[streams];
+    for (int s = 0; s < streams; ++s) sums[s] = _mm512_setzero_si512();
+    for (size_t i = 0; i < run; i += kBlockBytes) {
+#pragma GCC unroll 8
+        for (int s = 0; s < streams; ++s) {
+            const uint8_t* at = data + s * run + i;
+            if (ahead) _mm_prefetch(reinterpret_cast<const char*>(at + ahead), _MM_HINT_T0);
+            sums[s] = _mm512_xor_si512(sums[s], _mm512_loadu_si512(at));
+        }
+    }
+    uint64_t words[8], sum = 0;
+    for (int s = 0; s < streams; ++s) {
+        _mm512_storeu_si512(words, sums[s]);
+        for (uint64_t word : words) sum ^= word;
+    }
+    return sum;
+}
+
+uint64_t read_stream(const uint8_t* data, size_t bytes, int streams, int ahead) {
+    return streams == 1   ? read_runs<1>(data, bytes, ahead)
+           : streams == 2 ? read_runs<2>(data, bytes, ahead)
+           : streams == 4 ? read_runs<4>(data, bytes, ahead)
+                          : read_runs<8>(data, bytes, ahead);
+}
+
+int64_t integer_peak(int64_t rounds) {
+    constexpr int chains = 16;  // more than two a cycle, each five cycles long
+    const __m512i codes = _mm512_set1_epi8(1), x = _mm512_set1_epi8(1);
+    __m512i sums[chains];
+    for (__m512i& sum : sums) sum = _mm512_setzero_si512();
+    for (int64_t i = 0; i < rounds; ++i) {
+#pragma GCC unroll 16
+        for (int c = 0; c < chains; ++c) sums[c] = V::dot<255>(sums[c], codes, x);
+    }
+#pragma GCC unroll 16
+    for (int c = 0; c < chains; ++c) asm volatile("" : : "v"(sums[c]));
+    return rounds * chains * 64 * 2;
+}
+
 ISA_END
 
 }  // namespace
@@ -198,6 +242,8 @@ const Kernels kAvx512 = {
     matmul_floats<F16>,
     matmul_floats<BF16>,
     &kAvx512Vectors,
+    read_stream,
+    integer_peak,
 };
 
 }  // namespace tritkit

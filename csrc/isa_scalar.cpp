@@ -2,6 +2,7 @@
 // bit for bit in quantize_row and in the integer products, up to the order of the sum in the float products.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "floats.h"
 #include "kernels.h"
@@ -74,6 +75,38 @@ float identity(float value) { return value; }
 
 bool supported() { return true; }
 
+// --- What the machine can do at best.
+
+uint64_t read_stream(const uint8_t* data, size_t bytes, int streams, int ahead) {
+    const size_t run = bytes / static_cast<size_t>(streams);
+    uint64_t sum = 0;
+    for (size_t i = 0; i < run; i += kBlockBytes) {
+        for (int s = 0; s < streams; ++s) {
+            const uint8_t* at = data + static_cast<size_t>(s) * run + i;
+            if (ahead) __builtin_prefetch(at + ahead);
+            uint64_t words[kBlockBytes / 8];
+            std::memcpy(words, at, kBlockBytes);
+            for (uint64_t word : words) sum ^= word;
+        }
+    }
+    return sum;
+}
+
+int64_t integer_peak(int64_t rounds) {
+    int8_t w[kBlockBytes], x[kBlockBytes];
+    std::memset(w, 1, sizeof w);
+    std::memset(x, 3, sizeof x);
+    int32_t sum = 0;
+    for (int64_t i = 0; i < rounds; ++i) {
+        asm volatile("" : : "r"(w), "r"(x) : "memory");  // they may have changed: multiply again
+        int32_t block = 0;
+        for (int k = 0; k < kBlockBytes; ++k) block += w[k] * x[k];
+        sum ^= block;
+    }
+    asm volatile("" : : "r"(sum));
+    return rounds * 2 * kBlockBytes;
+}
+
 }  // namespace
 
 extern const VectorKernels kScalarVectors;
@@ -89,6 +122,8 @@ const Kernels kScalar = {
     matmul_floats<uint16_t, float_from_f16>,
     matmul_floats<uint16_t, float_from_bf16>,
     &kScalarVectors,
+    read_stream,
+    integer_peak,
 };
 
 }  // namespace tritkit

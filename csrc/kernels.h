@@ -92,6 +92,15 @@ struct Kernels {
     void (*matmul_bf16)(const FloatProduct&);
 
     const VectorKernels* vectors;
+
+    // What the machine can do at best (machine.h).
+
+    /// Reads `streams` (1, 2, 4 or 8) equal runs of data side by side, 64 bytes of each in turn, with a prefetch
+    /// `ahead` bytes before each (0: none). bytes: a multiple of 64 * streams. Returns the xor of all 64-bit words.
+    uint64_t (*read_stream)(const uint8_t* data, size_t bytes, int streams, int ahead);
+    /// `rounds` times some of what the integer products consist of, on registers alone. Returns the operations that
+    /// were done: two for each product of an activation code.
+    int64_t (*integer_peak)(int64_t rounds);
 };
 
 /// Names of the instruction sets that this CPU can run, slowest first.

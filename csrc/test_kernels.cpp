@@ -369,6 +369,25 @@ void test_chunks() {
     }
 }
 
+/// The limits' loops: every byte is read once, and the operations are counted.
+void test_machine(const char* isa) {
+    const Kernels& kernels = kernels_for(isa);
+    for (int streams : {1, 2, 4, 8}) {
+        for (int ahead : {0, 2048}) {
+            AlignedArray<uint64_t> words(static_cast<size_t>(24 * streams));
+            uint64_t expected = 0;
+            for (size_t i = 0; i < words.size(); ++i) {
+                words[i] = (i + 1) * 0x9e3779b97f4a7c15u;
+                expected ^= words[i];
+            }
+            const auto* bytes = reinterpret_cast<const uint8_t*>(words.data());
+            expect(kernels.read_stream(bytes, words.bytes(), streams, ahead) == expected, "read_stream", isa, streams,
+                   ahead, 0);
+        }
+    }
+    expect(kernels.integer_peak(3) == 3 * kernels.integer_peak(1), "integer_peak", isa, 3, 0, 0);
+}
+
 }  // namespace
 
 int main() {
@@ -383,6 +402,7 @@ int main() {
         test_vectors(isa.c_str());
         test_exp(isa.c_str());
         test_attention(isa.c_str());
+        test_machine(isa.c_str());
         std::printf("%s: done\n", isa.c_str());
     }
     std::printf("%d failures\n", failures);

@@ -155,7 +155,7 @@ def test_the_verbs_in_a_row(capsys, tmp_path, text_file):
     for protocol in ("document", "llama.cpp", "gptq"):
         arguments = ["eval", packed, "--data", str(text_file), "--protocol", protocol, "--context", "32"]
         assert run(capsys, *arguments, "--limit", "200")[0] == 0
-    assert run(capsys, "bench", packed, "--prompt-tokens", "8", "--tokens", "8", "--repeat", "2")[0] == 0
+    assert run(capsys, "bench", packed, "--prompt", "8", "--tokens", "8", "--repeat", "2")[0] == 0
     code, out, _ = run(capsys, "compare", latent, packed, "--json")
     columns = json.loads(out)
     assert code == 0 and columns[packed]["weights"] == "ternary"

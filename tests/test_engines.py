@@ -233,7 +233,7 @@ def test_running_natively_never_imports_torch(make_folder, tmp_path):
         "    assert main(['generate', folder, '--prompt', 'the cat', '--max-tokens', '5', '--seed', '1']) == 0\n"
         "    assert main(['inspect', folder]) == 0\n"
         "    assert main(['eval', folder, '--limit', '100', '--no-record']) == 0\n"
-        "    bench = ['bench', folder, '--prompt-tokens', '4', '--tokens', '2', '--repeat', '1']\n"
+        "    bench = ['bench', folder, '--prompt', '4', '--tokens', '2', '--repeat', '1']\n"
         "    assert main(bench) == 0\n"
         "    assert main(['chat', folder]) == 2  # loads it, then says that it has no chat template\n"
         "    assert main(['compare', folder]) == 0\n"

@@ -292,31 +292,18 @@ def evaluate(arguments: list[str]) -> int:
 
 
 def bench(arguments: list[str]) -> int:
-    """prefill and decode speed, and memory"""
+    """prefill and decode speed, memory, and how near they are to what the machine can do"""
     parser = parser_of(
         "bench",
-        "Tokens a second of prefill and decode, median of some runs, and the peak of memory; added to results.json.",
-        "tritkit bench runs/mine-packed --threads 2",
+        "Tokens a second of prefill and decode as llama-bench counts them (pp512, tg128), beside the machine's own\n"
+        "limits, which are measured in the same run. A table, then one line of JSON; added to MODEL's results.json.",
+        "tritkit bench --shape bitnet-2b4t --threads 2",
     )
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="a model folder (none: the bundled model)")
-    parser.add_argument("--prompt-tokens", type=int, default=128, help="length of the prompt (default 128)")
-    parser.add_argument("--tokens", type=int, default=64, help="tokens decoded behind it (default 64)")
-    parser.add_argument("--repeat", type=int, default=5, help="runs that count (default 5)")
-    parser.add_argument("--no-record", action="store_true", help="do not add the numbers to results.json")
-    _engine_options(parser)
-    options = parser.parse_args(arguments)
-    from . import results
-    from .engine.load import load
-    from .evals.speed import measure
-    from .tables import print_metrics
+    from .evals.bench import add_options, run
 
-    model = load(options.model, options.engine, options.threads, options.kv_bits)
-    metrics = measure(model, options.prompt_tokens, options.tokens, options.repeat)
-    if not options.no_record and options.model is not None:
-        settings = {k: v for k, v in vars(options).items() if k not in ("model", "no_record")}
-        results.record(options.model, "bench", settings, metrics)
-    print_metrics(str(model.folder.path), metrics)
-    return 0
+    add_options(parser)
+    _engine_options(parser)
+    return run(parser.parse_args(arguments))
 
 
 def compare(arguments: list[str]) -> int:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import results
+from .evals.machine import Machine
 
 
 def _screen() -> Console:
@@ -84,6 +85,56 @@ def print_metrics(title: str, metrics: dict[str, Any]) -> None:
         if value is not None and not name.endswith("_error"):
             table.add_row(MAIN.get(name, (name,))[0], _cell(metrics, name))
     _screen().print(table)
+
+
+def print_bench(title: str, rows: list[dict[str, Any]], machine: Machine) -> None:
+    """One line an engine, and below them what the machine can do."""
+    table = Table(title=title, title_justify="left")
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "engine": lambda r: f"{r['engine']}, {r['isa']}",
+        "weights, head": lambda r: f"{r['layout']}, {r['head']}",
+        "decode tok/s": lambda r: f"{r['decode_tok_s']:.2f} ± {r['decode_sd']:.2f}",
+        "MB a token": lambda r: _or_dash(r["bytes_per_token"], lambda v: f"{v / 1e6:.1f}"),
+        "of memory": lambda r: _or_dash(r["roofline_share"], _share),
+        "prefill tok/s": lambda r: f"{r['prefill_tok_s']:.1f} ± {r['prefill_sd']:.1f}",
+        "of int8": lambda r: _or_dash(r["prefill_share"], _share),
+        "peak MiB": lambda r: f"{r['peak_rss_mib']:.0f}",
+    }
+    if rows[0]["decode_joules"] is not None:
+        columns["J a token"] = lambda r: f"{r['decode_joules']:.3f}"
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("engine", "weights, head") else "right")
+    for row in rows:
+        table.add_row(*(write(row) for write in columns.values()))
+    screen = _screen()
+    screen.print(table)
+    screen.print(
+        f"pp{rows[0]['prompt']}, tg{rows[0]['tokens']} x {rows[0]['batch']} behind {rows[0]['context']} tokens, "
+        f"{machine.threads} threads. The machine reads {machine.stream_gb_s:.1f} GB/s at best (median "
+        f"{machine.stream_median:.1f} with {machine.streams} streams a thread, prefetched {machine.ahead} bytes ahead) "
+        f"and multiplies {machine.int8_gops:.0f} Gop/s in int8."
+        + (" Energy: not measured, no counter can be read." if rows[0]["decode_joules"] is None else ""),
+        soft_wrap=True,
+        highlight=False,
+    )
+    if len(rows) > 1:
+        *ours, theirs = rows
+        for row in ours:
+            decode, prefill = (row[f"{test}_tok_s"] / theirs[f"{test}_tok_s"] for test in ("decode", "prefill"))
+            screen.print(
+                f"With the {row['head']} head {row['engine']} is {decode:.2f} times as fast as {theirs['engine']} "
+                f"({theirs['layout']}, {theirs['head']}) in decode, {prefill:.2f} times in prefill.",
+                soft_wrap=True,
+                highlight=False,
+            )
+    slow = sum(row["prefill_slow_samples"] + row["decode_slow_samples"] for row in rows)
+    if slow:
+        counted = sum(row["prefill_samples"] + row["decode_samples"] for row in rows)
+        screen.print(f"The machine was busy in {slow} samples, beside {counted} that count.", soft_wrap=True)
+
+
+def _or_dash(value: float | None, write: Callable[[float], str]) -> str:
+    return "-" if value is None else write(value)
 
 
 def print_comparison(folders: list[str], every: bool, as_json: bool) -> None:

@@ -120,14 +120,19 @@ def write_tensors(path: Path | str, tensors: Mapping[str, StoredTensor], metadat
 
     By hand, since the library's own writer takes no raw bfloat16 from numpy; tests read it back with the library.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
-    end = 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + tensor.array.nbytes
-        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.array.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
     with atomic_open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(tensor_header({name: (t.dtype, t.array.shape) for name, t in tensors.items()}, metadata))
         for tensor in tensors.values():
             file.write(np.ascontiguousarray(tensor.array).reshape(-1).view(np.uint8).data)
+
+
+def tensor_header(entries: Mapping[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]) -> bytes:
+    """What a file of tensors with these names, dtypes and shapes begins with; their bytes follow in this order."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
+    end = 0
+    for name, (dtype, shape) in entries.items():
+        begin, end = end, end + math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text

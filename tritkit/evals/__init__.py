@@ -3,8 +3,8 @@
 ngram.py has no row: a program by itself, it measures how far one comes without a model.
 """
 
+from .bench import measure
 from .perplexity import evaluate
-from .speed import measure
 
 SUITES = {"perplexity": evaluate, "speed": measure}
 

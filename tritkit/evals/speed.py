@@ -1,51 +1,253 @@
-"""Speed and memory of a model in this process: prefill and decode as llama-bench counts them. numpy only."""
+"""Speed of a model as llama-bench counts it: ppN, a prompt in one go, and tgN, token after token. numpy only.
+
+Every engine runs in a process of its own (child.py), so that its peak of memory is its alone, and the machine's limits
+are measured before and after (machine.py). Engines that are compared take turns, sample by sample.
+"""
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..engine import Job
-from ..engine.load import Model
+from ..checkpoint import linear_names, linear_shape, open_folder
+from ..engine import Engine, Job
 from ..memory import peak_memory_mib
+from ..models.config import ModelConfig
 from ..progress import progress
+from .child import Child
+from .machine import Machine, Sample, Stopwatch
+
+TESTS = ("prefill", "decode")
 
 
-def measure(model: Model, prompt_tokens: int = 128, tokens: int = 64, repeat: int = 5) -> dict[str, Any]:
-    """Tokens a second, median of ``repeat`` runs with their standard deviation, after one that is not counted.
+@dataclass(frozen=True)
+class Work:
+    """What is run. prompt: tokens of a prefill; tokens: decoded after each other, by ``batch`` sequences together,
+    each of which has ``context`` tokens behind it already."""
 
-    prefill: a prompt of that many tokens in one step. decode: one token after the other behind it, logits each time,
-    no sampling. The peak of resident memory is this process's, so measure one engine a process. ValueError where the
-    model's context is too short.
+    prompt: int = 512
+    tokens: int = 128
+    context: int = 0
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        for name, least in (("prompt", 1), ("tokens", 1), ("context", 0), ("batch", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}")
+
+    def positions(self) -> int:
+        """The longest that a sequence gets."""
+        return max(self.prompt, self.context + self.tokens)
+
+    def require_room(self, context_length: int) -> None:
+        if self.positions() > context_length:
+            what = f"a prompt of {self.prompt}"
+            if self.context + self.tokens > self.prompt:
+                what = f"{self.tokens} tokens behind a context of {self.context}"
+            raise ValueError(f"{what} are more than the model's context of {context_length}")
+
+
+class Contestant:
+    """One engine with one model, in a child process: ``open`` is its own; the rest is the same for all.
+
+    A subclass gives ``facts`` and the four methods below that raise NotImplementedError.
     """
-    engine = model.engine
-    if prompt_tokens < 1 or tokens < 1 or repeat < 1:
-        raise ValueError("prompt tokens, tokens and repeat must each be at least 1")
-    if prompt_tokens + tokens > engine.context_length:
-        raise ValueError(
-            f"{prompt_tokens} + {tokens} tokens are more than the model's context of {engine.context_length}"
-        )
-    random = np.random.default_rng(0)
-    ids = random.integers(0, engine.vocab_size, prompt_tokens + tokens).astype(np.int32)
-    prefill, decode = [], []
-    with progress(f"bench {engine.name}", (repeat + 1) * len(ids), "tokens") as advance:
-        for _ in range(repeat + 1):
-            sequence = engine.new()
-            begin = time.perf_counter()
-            engine.step([Job(sequence, ids[:prompt_tokens], "last")])
-            middle = time.perf_counter()
-            for token in ids[prompt_tokens:]:
-                engine.step([Job(sequence, token[None], "last")])
-            end = time.perf_counter()
-            engine.free(sequence)
-            prefill.append(prompt_tokens / (middle - begin))
-            decode.append(tokens / (end - middle))
-            advance(len(ids))
-    metrics = {f"{engine.name}_peak_mib": peak_memory_mib(), f"{engine.name}_kv_bits": engine.kv_bits}
-    for name, rates in (("prefill", prefill[1:]), ("decode", decode[1:])):
-        metrics[f"{engine.name}_{name}_rate"] = statistics.median(rates)
-        metrics[f"{engine.name}_{name}_rate_sd"] = statistics.stdev(rates) if len(rates) > 1 else 0.0
-    return metrics
+
+    facts: dict[str, Any]
+
+    def __init__(self, work: Work, threads: int):
+        self.work = work
+        self.threads = threads
+        self._stopwatch: Stopwatch | None = None
+
+    def told(self) -> dict[str, Any]:
+        """Facts of this engine and this model, for the report."""
+        return self.facts
+
+    def sample(self, test: str) -> Sample:
+        if self._stopwatch is None:
+            self._stopwatch = Stopwatch(self.threads)
+        self.prepare(test)
+        return self._stopwatch.time(self.prefill() if test == "prefill" else self.decode())
+
+    def peak_mib(self) -> float:
+        return peak_memory_mib()
+
+    def prepare(self, test: str) -> None:
+        """Brings the sequences to where ``test`` begins; not timed."""
+        raise NotImplementedError
+
+    def prefill(self) -> Iterator[None]:
+        raise NotImplementedError
+
+    def decode(self) -> Iterator[None]:
+        raise NotImplementedError
+
+
+class Ours(Contestant):
+    """A model folder with one of tritkit's engines. ``options``: what the native engine was asked for by name."""
+
+    def __init__(self, folder: Path, work: Work, threads: int, engine: str, options: dict[str, Any]):
+        began = time.perf_counter()
+        opened = open_folder(folder)
+        work.require_room(opened.config.max_position_embeddings)
+        self.engine: Engine
+        if engine == "native":
+            from ..engine.load import decoder_weights
+            from ..engine.native import NativeEngine
+
+            native = NativeEngine(decoder_weights(opened), threads=threads, **options)
+            layouts = {"ternary": "t16_2", "binary": "t16_1", None: "floats"}
+            self.facts = {
+                "engine": "tritkit",
+                "threads": native.threads,
+                "isa": native.isa,
+                "layout": layouts[opened.config.weights],
+                "head": opened.tensors[_head(opened.config)].dtype.lower(),
+                "weight_bytes": native.bytes_per_token,
+                "kv_bits": native.kv_bits,
+            }
+            self.engine = native
+        else:
+            if options:
+                raise ValueError(f"only the native engine has --{next(iter(options)).replace('_', '-')}")
+            from ..engine.torch import TorchEngine
+
+            self.engine = TorchEngine.open(opened, threads=threads)
+            import torch
+
+            self.facts = {"engine": "torch", "threads": torch.get_num_threads(), "isa": "torch"}
+            self.facts |= {"layout": "floats", "head": "f32"}
+        super().__init__(work, self.facts["threads"])
+        self._chance = np.random.default_rng(0)
+        self._sequences: list[int] = []
+        self._prompt = self.engine.new()
+        list(self._step([self._prompt], 1))
+        self.facts["ready_s"] = time.perf_counter() - began
+
+    def prepare(self, test: str) -> None:
+        self.engine.truncate(self._prompt, 0)
+        if test == "prefill":
+            return
+        while len(self._sequences) < self.work.batch:
+            sequence = self.engine.new()
+            if self.work.context:
+                list(self._step([sequence], self.work.context))
+            self._sequences.append(sequence)
+        for sequence in self._sequences:
+            self.engine.truncate(sequence, self.work.context)
+
+    def prefill(self) -> Iterator[None]:
+        yield from self._step([self._prompt], self.work.prompt)
+
+    def decode(self) -> Iterator[None]:
+        for _ in range(self.work.tokens):
+            yield from self._step(self._sequences, 1)
+
+    def _step(self, sequences: Sequence[int], tokens: int) -> Iterator[None]:
+        ids = self._chance.integers(0, self.engine.vocab_size, (len(sequences), tokens)).astype(np.int32)
+        self.engine.step([Job(s, row, "last") for s, row in zip(sequences, ids, strict=True)])
+        yield
+
+
+def _head(config: ModelConfig) -> str:
+    return "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+
+
+@dataclass
+class Samples:
+    """The samples of one test of one contestant; slow ones were taken again while there was patience."""
+
+    test: str
+    tokens: int
+    all: list[Sample] = field(default_factory=list)
+
+    def quiet(self, peak_of_a_thread: float) -> list[Sample]:
+        return [s for s in self.all if s.is_quiet(peak_of_a_thread)]
+
+    def summary(self, machine: Machine) -> dict[str, Any]:
+        """Mean and standard deviation of the quiet samples (of all, where none was quiet)."""
+        quiet = self.quiet(machine.int8_gops / machine.threads)
+        used = quiet or self.all
+        rates = [self.tokens / s.seconds for s in used]
+        joules = [s.joules / self.tokens for s in used if s.joules is not None]
+        return {
+            f"{self.test}_tok_s": statistics.fmean(rates),
+            f"{self.test}_sd": statistics.stdev(rates) if len(rates) > 1 else 0.0,
+            f"{self.test}_samples": len(used),
+            f"{self.test}_slow_samples": len(self.all) - len(quiet),
+            f"{self.test}_joules": statistics.fmean(joules) if joules else None,
+        }
+
+
+def take_turns(children: Sequence[Child], work: Work, repeat: int, peak_of_a_thread: float) -> list[list[Samples]]:
+    """For each child its samples of every test: one that does not count, then ``repeat``, each child in turn.
+
+    Where the machine was slow in a sample it is taken again, at most ``repeat`` times more in all.
+    """
+    tokens = {"prefill": work.prompt, "decode": work.tokens * work.batch}
+    found = [[Samples(test, tokens[test]) for test in TESTS] for _ in children]
+    total = (repeat + 1) * sum(tokens.values()) * len(children)
+    with progress("bench", total, "tokens") as advance:
+        for round in range(2 * repeat + 1):
+            for child, tests in zip(children, found, strict=True):
+                for samples in tests:
+                    if round > repeat and len(samples.quiet(peak_of_a_thread)) >= repeat:
+                        continue
+                    sample = child.call("sample", samples.test)
+                    if round > 0:
+                        samples.all.append(sample)
+                    advance(samples.tokens, note="" if sample.is_quiet(peak_of_a_thread) else "(busy machine)")
+    return found
+
+
+def report(
+    facts: dict[str, Any],
+    samples: Sequence[Samples],
+    machine: Machine,
+    config: ModelConfig,
+    work: Work,
+    peak_mib: float,
+) -> dict[str, Any]:
+    """One engine's row: rates, what they are of the machine's limits, and the facts."""
+    measured: dict[str, Any] = {}
+    for test in samples:
+        measured |= test.summary(machine)
+    facts = dict(facts)
+    weights, kv_bits = facts.pop("weight_bytes", None), facts.pop("kv_bits", None)
+    a_token = None
+    if weights is not None:
+        a_token = weights / work.batch + (kv_bytes(config, kv_bits, work) if kv_bits else 0)
+        read = a_token * 1e-9 * measured["decode_tok_s"]
+    multiplied = 2e-9 * linear_weights(config) * measured["prefill_tok_s"]
+    return {
+        "decode_tok_s": measured.pop("decode_tok_s"),
+        "prefill_tok_s": measured.pop("prefill_tok_s"),
+        "bytes_per_token": a_token,
+        "stream_gb_s": machine.stream_gb_s,
+        "roofline_share": None if a_token is None else read / machine.stream_gb_s,
+        "int8_gops": machine.int8_gops,
+        "prefill_share": multiplied / machine.int8_gops if config.activations else None,
+        "peak_rss_mib": peak_mib,
+        **facts,
+        "kv_bits": kv_bits,
+        **measured,
+    }
+
+
+def linear_weights(config: ModelConfig) -> int:
+    """Weights of the linears of the layers: a token of a prefill is multiplied with each once."""
+    shapes = (linear_shape(config, name) for name in linear_names(config))
+    return sum(rows * columns for rows, columns in shapes)
+
+
+def kv_bytes(config: ModelConfig, bits: int, work: Work) -> float:
+    """Bytes of keys and values that a decoded token reads on average, without their scales."""
+    positions = work.context + (work.tokens + 1) / 2
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * positions * bits / 8

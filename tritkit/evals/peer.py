@@ -1,0 +1,251 @@
+"""llama.cpp as a contestant: the same shape in a temporary GGUF file, run through the package llama-cpp-python.
+
+A bitnet shape gets TQ2_0 linears and a Q6_K head, which is llama.cpp's usual way; a llama shape is F16 throughout.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..checkpoint import linear_names, linear_shape
+from ..models.config import ModelConfig
+from ..progress import progress
+from .shapes import draw, linear_spread, norm_sizes, normal_values, temporary_folder, ternary_words
+from .speed import Contestant, Work
+
+PEERS = ("llama.cpp",)
+ARCHITECTURES = {"bitnet": "bitnet", "llama": "llama"}
+BLOCK = 256  # columns of a k-quant or a TQ2_0 block
+N_BATCH = 512
+
+NAMES = {  # ours to ggml's
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.attn_sub_norm": "attn_sub_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "mlp.ffn_sub_norm": "ffn_sub_norm",
+}
+
+
+def require(peer: str, config: ModelConfig) -> None:
+    """ValueError, in one sentence, where this peer is not there or cannot run this shape."""
+    if importlib.util.find_spec("llama_cpp") is None:
+        raise ValueError(f"--peer {peer} needs its package: pip install llama-cpp-python")
+    if config.weights not in ("ternary", None):
+        raise ValueError(f"{peer} has no format for {config.weights} weights")
+    odd = [n for n in (config.hidden_size, config.intermediate_size) if n % BLOCK]
+    if config.weights and odd:
+        raise ValueError(f"{peer}'s TQ2_0 has blocks of {BLOCK} columns, and {odd[0]} is no multiple of that")
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """One tensor to be written: ggml's name of its type, and its bytes in pieces."""
+
+    shape: tuple[int, ...]  # as numpy has it: rows, columns
+    kind: str
+    pieces: Callable[[], Iterator[np.ndarray]]
+
+    def nbytes(self) -> int:
+        import gguf
+
+        elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.kind.upper()]]
+        return math.prod(self.shape) // elements * size
+
+
+def ggml_name(name: str) -> str:
+    """ "model.layers.3.mlp.up_proj" to "blk.3.ffn_up"."""
+    if name.startswith("model.layers."):
+        layer, inside = name.removeprefix("model.layers.").split(".", 1)
+        return f"blk.{layer}.{NAMES[inside]}"
+    return NAMES[name]
+
+
+def write_gguf(path: Path, config: ModelConfig, tensors: Mapping[str, GgufTensor]) -> None:
+    """A GGUF file without a vocabulary. ``tensors`` by our names, without ".weight"."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, ARCHITECTURES[config.family])
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_string(f"{ARCHITECTURES[config.family]}.hidden_activation", config.hidden_act)
+    writer.add_tokenizer_model("no_vocab")
+    for name, tensor in tensors.items():
+        kind = gguf.GGMLQuantizationType[tensor.kind.upper()]
+        elements, size = gguf.GGML_QUANT_SIZES[kind]
+        stored = (*tensor.shape[:-1], tensor.shape[-1] // elements * size)
+        writer.add_tensor_info(f"{ggml_name(name)}.weight", stored, np.dtype(np.uint8), tensor.nbytes(), kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    total = sum(t.nbytes() for t in tensors.values())
+    with progress("the same for llama.cpp", total, "B") as advance, open(path, "ab") as file:
+        for tensor in tensors.values():
+            file.write(bytes(-file.tell() % gguf.GGUF_DEFAULT_ALIGNMENT))
+            for piece in tensor.pieces():
+                file.write(piece.data)
+                advance(piece.nbytes)
+        file.write(bytes(-file.tell() % gguf.GGUF_DEFAULT_ALIGNMENT))
+
+
+@contextmanager
+def random_gguf(name: str, config: ModelConfig) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The file for as long as the context lasts, and the facts of its row."""
+    linear, head = ("tq2_0", "q6_k") if config.weights else ("f16", "f16")
+    table = (config.vocab_size, config.hidden_size)
+    tensors = {n: _random(linear, linear_shape(config, n), linear_spread(config, n)) for n in linear_names(config)}
+    tensors["model.embed_tokens"] = _random(head, table, 1 / math.sqrt(config.hidden_size))
+    read = sum(tensor.nbytes() for tensor in tensors.values())  # a token reads them all: the embedding is the head
+    for norm, size in norm_sizes(config).items():
+        tensors[norm] = GgufTensor((size,), "f32", functools.partial(_ones, size))
+    size = sum(tensor.nbytes() for tensor in tensors.values())
+    with temporary_folder(size, f"the shape {name} for llama.cpp") as folder:
+        write_gguf(folder / "model.gguf", config, tensors)
+        yield folder / "model.gguf", {"layout": linear, "head": head, "weight_bytes": read}
+
+
+def _random(kind: str, shape: tuple[int, ...], spread: float) -> GgufTensor:
+    return GgufTensor(shape, kind, functools.partial(RANDOM[kind], math.prod(shape), spread))
+
+
+def _ones(size: int) -> Iterator[np.ndarray]:
+    yield np.ones(size, np.float32)
+
+
+def _random_f16(count: int, spread: float) -> Iterator[np.ndarray]:
+    yield from draw(np.random.SFC64(1), count, (spread * normal_values()).astype(np.float16))
+
+
+def _random_tq2_0(count: int, spread: float) -> Iterator[np.ndarray]:
+    """Blocks of 64 bytes, four codes each, and a float16 scale."""
+    scale = np.float16(spread / math.sqrt(2 / 3))
+    for codes in draw(np.random.SFC64(1), count // 8, ternary_words()):
+        blocks = np.empty((len(codes) // 32, 33), np.uint16)
+        blocks[:, :32], blocks[:, 32] = codes.reshape(-1, 32), scale.view(np.uint16)
+        yield blocks
+
+
+def _random_q6_k(count: int, spread: float) -> Iterator[np.ndarray]:
+    """Blocks of 128 + 64 bytes of codes from -32 to 31, sixteen int8 scales, all 64 here, and a float16 scale."""
+    scale = np.float16(spread / (64 * 64 / math.sqrt(12)))
+    for codes in draw(np.random.SFC64(1), count // BLOCK * 96, np.arange(65536, dtype=np.uint16)):
+        blocks = np.empty((len(codes) // 96, 105), np.uint16)
+        blocks[:, :96], blocks[:, 96:104], blocks[:, 104] = codes.reshape(-1, 96), 64 | 64 << 8, scale.view(np.uint16)
+        yield blocks
+
+
+RANDOM = {"f16": _random_f16, "tq2_0": _random_tq2_0, "q6_k": _random_q6_k}
+
+
+class LlamaCpp(Contestant):
+    """A GGUF file with llama.cpp's own functions: llama_decode on batches, no sampling."""
+
+    def __init__(self, path: Path, work: Work, threads: int, facts: dict[str, Any]):
+        began = time.perf_counter()
+        from llama_cpp import llama_cpp as lib
+
+        super().__init__(work, threads)
+        self.lib = lib
+        self._quiet = lib.llama_log_callback(lambda *_: None)  # kept: C calls it
+        lib.llama_log_set(self._quiet, None)
+        lib.llama_backend_init()
+        options = lib.llama_model_default_params()
+        options.n_gpu_layers = 0
+        self.model = lib.llama_model_load_from_file(str(path).encode(), options)
+        if not self.model:
+            raise ValueError("llama.cpp cannot load its file")
+        settings = lib.llama_context_default_params()
+        self.prompt_sequence = work.batch if work.context else 0
+        settings.n_seq_max = max(work.batch, self.prompt_sequence + 1)
+        settings.n_ctx = -(-work.positions() // BLOCK) * BLOCK * settings.n_seq_max
+        settings.n_batch = settings.n_ubatch = N_BATCH
+        settings.n_threads = settings.n_threads_batch = threads
+        self.context = lib.llama_init_from_model(self.model, settings)
+        if not self.context:
+            raise ValueError("llama.cpp cannot make a context of this size")
+        self.memory = lib.llama_get_memory(self.context)
+        self.batch = lib.llama_batch_init(max(N_BATCH, work.batch), 0, 1)
+        self.vocab_size = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self.model))
+        self.chance = np.random.default_rng(0)
+        self.filled = False
+        self.append([0], 0, 1)
+        lib.llama_memory_clear(self.memory, True)
+        self.facts = {
+            "engine": "llama.cpp",
+            "threads": threads,
+            "isa": "its own",
+            "kv_bits": 16,
+            **facts,
+            "ready_s": time.perf_counter() - began,
+        }
+
+    def prepare(self, test: str) -> None:
+        remove = self.lib.llama_memory_seq_rm
+        remove(self.memory, self.prompt_sequence, 0, -1)
+        if test == "decode":
+            for sequence in range(self.work.batch):
+                if not self.filled:
+                    for position in range(0, self.work.context, N_BATCH):
+                        self.append([sequence], position, min(N_BATCH, self.work.context - position))
+                remove(self.memory, sequence, self.work.context, -1)
+            self.filled = True
+
+    def prefill(self) -> Iterator[None]:
+        for position in range(0, self.work.prompt, N_BATCH):
+            self.append([self.prompt_sequence], position, min(N_BATCH, self.work.prompt - position))
+            yield
+
+    def decode(self) -> Iterator[None]:
+        for i in range(self.work.tokens):
+            self.append(range(self.work.batch), self.work.context + i, 1)
+            yield
+
+    def append(self, sequences: Sequence[int], position: int, count: int) -> None:
+        """``count`` random tokens at a position of each sequence, and the logits after the last."""
+        ids = self.chance.integers(0, self.vocab_size, len(sequences) * count)
+        self.decode_tokens([(s, position + i, i == count - 1) for s in sequences for i in range(count)], ids)
+
+    def decode_tokens(self, places: Sequence[tuple[int, int, bool]], ids: NDArray) -> None:
+        """places: sequence, position, and whether the logits are wanted."""
+        batch = self.batch
+        batch.n_tokens = len(places)
+        for i, (sequence, position, wanted) in enumerate(places):
+            batch.token[i], batch.pos[i] = int(ids[i]), position
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
+            batch.logits[i] = wanted
+        code = self.lib.llama_decode(self.context, batch)
+        if code:
+            raise ValueError(f"llama_decode gave {code}")
+        self.lib.llama_synchronize(self.context)
+
+    def logits(self, i: int) -> NDArray[np.float32]:
+        """Those of the i-th token of the last batch."""
+        return np.ctypeslib.as_array(self.lib.llama_get_logits_ith(self.context, i), (self.vocab_size,)).copy()
