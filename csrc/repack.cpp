@@ -29,28 +29,43 @@ int64_t hf_ternary_bytes(int rows, int columns) { return ceil_div(rows, 4) * col
 /// Where R is whole tiles, 16 rows of bytes are four tiles of weights.
 int hf_ternary_together(int rows) { return rows % (4 * kTileRows) == 0 ? 4 : 1; }
 
-/// Four bytes, those beyond `count` filled with codes of 0.
-uint32_t hf_word(const uint8_t* bytes, int count) {
-    uint32_t word = 0x55555555u;
-    std::memcpy(&word, bytes, static_cast<size_t>(std::min(count, 4)));
-    return word;
+/// The bytes of a part in the order of codes, word r of group g from the row that code r comes from, moved down to the
+/// field of that row. Beyond the last column: weights of 0.
+void gather_hf_words(const SourcePart& p, uint32_t* words) {
+    const int packed_rows = static_cast<int>(ceil_div(p.rows, 4));
+    const int columns = std::min(p.count, p.columns - p.begin);
+    for (int r = 0; r < kTileRows && p.tile * kTileRows + r < p.rows; ++r) {
+        const int row = p.tile * kTileRows + r, shift = 2 * (row / packed_rows);
+        const uint8_t* from = p.source + static_cast<ptrdiff_t>(row % packed_rows) * p.columns + p.begin;
+        uint32_t* to = words + r;
+        uint32_t word;
+        for (int k = 0; k + kGroupColumns <= columns; k += kGroupColumns, to += kTileRows) {
+            std::memcpy(&word, from + k, sizeof word);
+            *to = word >> shift;
+        }
+        if (const int rest = columns % kGroupColumns) {
+            word = 0x55555555u;
+            std::memcpy(&word, from + columns - rest, static_cast<size_t>(rest));
+            *to = word >> shift;
+        }
+    }
 }
 
 bool unpack_hf_ternary(const SourcePart& p, uint8_t* codes) {
-    const bool four = hf_ternary_together(p.rows) == 4;
-    const int packed_rows = static_cast<int>(ceil_div(p.rows, 4));
-    const int columns = std::min(p.count, p.columns - p.begin);
+    alignas(64) uint32_t words[kPanelColumns / kGroupColumns * kTileRows];
+    const int count = static_cast<int>(ceil_div(p.count, kGroupColumns)) * kTileRows;
+    const int tiles = hf_ternary_together(p.rows);
+    // Rows that do not exist are weights of 0.
+    if ((p.tile + 1) * kTileRows > p.rows || p.begin + p.count > p.columns)
+        std::fill(words, words + count, 0x55555555u);
+    gather_hf_words(p, words);
     uint32_t bad = 0;
-    for (int r = 0; r < kTileRows && p.tile * kTileRows + r < p.rows; ++r) {
-        const int row = p.tile * kTileRows + r, field = row / packed_rows;
-        const uint8_t* from = p.source + static_cast<ptrdiff_t>(row % packed_rows) * p.columns + p.begin;
-        for (int k = 0; k < columns; k += kGroupColumns) {
-            const uint32_t bytes = hf_word(from + k, columns - k);
-            for (int i = 0; i < (four ? 4 : 1); ++i) {
-                const uint32_t word = bytes >> (2 * (field + i)) & 0x03030303u;
-                bad |= word & word >> 1;  // code + 1 == 3
-                put(codes + i * p.spacing, k / kGroupColumns, r, word);
-            }
+    for (int i = 0; i < tiles; ++i) {
+        auto* to = reinterpret_cast<uint32_t*>(codes + i * p.spacing);
+        for (int w = 0; w < count; ++w) {
+            const uint32_t word = words[w] >> (2 * i) & 0x03030303u;
+            bad |= word & word >> 1;  // code + 1 == 3
+            to[w] = word;
         }
     }
     return (bad & 0x01010101u) == 0;
@@ -110,9 +125,11 @@ void pack_fields(const uint8_t* codes, int blocks, uint8_t* out) {
 void pack_base3(const uint8_t* codes, int blocks, uint8_t* out) {
     for (int b = 0; b < blocks; ++b, codes += 5 * kBlockBytes, out += kBlockBytes) {
         for (int i = 0; i < kBlockBytes; ++i) {
-            unsigned v = codes[i];
-            for (int f = 1; f < 5; ++f) v = 3 * v + codes[f * kBlockBytes + i];
-            out[i] = static_cast<uint8_t>((v * 256 + 242) / 243);
+            uint16_t v = codes[i];
+            for (int f = 1; f < 5; ++f) v = static_cast<uint16_t>(3 * v + codes[f * kBlockBytes + i]);
+            // v + ceil(v * 13 / 243), in 16 bits; true for every v up to 242
+            const uint16_t high = static_cast<uint16_t>(static_cast<uint32_t>(v << 8) * 3506 >> 16);
+            out[i] = static_cast<uint8_t>(v + ((high + 255) >> 8));
         }
     }
 }
