@@ -12,6 +12,9 @@ namespace {
 constexpr int kGroupColumns = 4;    // columns of a group of codes
 constexpr int kPanelColumns = 320;  // codes of four tiles stay in the first cache; a multiple of every block's columns
 
+constexpr int64_t kSliceBytes = int64_t{16}
+                                << 20;  // of a mapped source, between one dropping of its pages and the next
+
 int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 
 int one_tile(int) { return 1; }
@@ -92,7 +95,7 @@ bool unpack_binary_rows(const SourcePart& p, uint8_t* codes) {
 // --- Floats [rows, columns], kept as they are but for the padding of each row.
 
 template <int bytes>
-int64_t float_bytes(int rows, int columns) {
+int64_t float_rows_bytes(int rows, int columns) {
     return static_cast<int64_t>(rows) * columns * bytes;
 }
 
@@ -101,9 +104,9 @@ const SourceLayout kSources[] = {
     {"hf_autobitlinear", Runtime::kTernary, hf_ternary_bytes, hf_ternary_together, unpack_hf_ternary},
     {"hf_bitlinear", Runtime::kTernary, hf_ternary_bytes, hf_ternary_together, unpack_hf_ternary},
     {"binary_rows", Runtime::kBinary, binary_rows_bytes, one_tile, unpack_binary_rows},
-    {"f32", Runtime::kF32, float_bytes<4>, one_tile, nullptr},
-    {"f16", Runtime::kF16, float_bytes<2>, one_tile, nullptr},
-    {"bf16", Runtime::kBf16, float_bytes<2>, one_tile, nullptr},
+    {"f32", Runtime::kF32, float_rows_bytes<4>, one_tile, nullptr},
+    {"f16", Runtime::kF16, float_rows_bytes<2>, one_tile, nullptr},
+    {"bf16", Runtime::kBf16, float_rows_bytes<2>, one_tile, nullptr},
 };
 
 // --- Run-time layouts: each block from the groups of its columns.
@@ -157,11 +160,9 @@ const RuntimeLayout& runtime_layout(Runtime runtime) {
     throw std::invalid_argument("a layout of floats has no blocks");
 }
 
-int float_size(Runtime runtime) { return runtime == Runtime::kF32 ? 4 : 2; }
-
 void copy_rows(Runtime runtime, const uint8_t* source, int rows, int columns, int tile, uint8_t* out) {
-    const ptrdiff_t from = static_cast<ptrdiff_t>(columns) * float_size(runtime),
-                    to = round_up(columns, kFloatPad) * float_size(runtime);
+    const ptrdiff_t from = static_cast<ptrdiff_t>(columns) * float_bytes(runtime),
+                    to = round_up(columns, kFloatPad) * float_bytes(runtime);
     for (int r = 0; r < kTileRows; ++r, out += to) {
         const int row = tile * kTileRows + r;
         const ptrdiff_t filled = row < rows ? from : 0;
@@ -207,31 +208,48 @@ const SourceLayout& source_layout(const std::string& name) {
 TileLayout tile_layout(Runtime layout) { return runtime_layout(layout).tile; }
 
 int64_t tile_bytes(Runtime layout, int columns) {
-    if (is_float(layout)) return kTileRows * round_up(columns, kFloatPad) * float_size(layout);
+    if (is_float(layout)) return kTileRows * round_up(columns, kFloatPad) * float_bytes(layout);
     return static_cast<int64_t>(blocks_of(tile_layout(layout), columns)) * kBlockBytes;
 }
 
-AlignedArray<uint8_t> repack(const SourceLayout& layout, Runtime runtime, const void* source, int rows, int columns,
-                             Pool& pool) {
+bool runs_in_place(const SourceLayout& layout, const void* data, int columns) {
+    return is_float(layout.runtime) && columns % kFloatPad == 0 &&
+           reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(float_bytes(layout.runtime)) == 0;
+}
+
+Bytes repack(const Stored& source, Runtime runtime, Pool& pool, Arena& arena) {
+    const auto& [layout, bytes, rows, columns, mapped] = source;
     if (is_float(runtime) ? runtime != layout.runtime : runtime_layout(runtime).codes != layout.runtime)
         throw std::invalid_argument(std::string(layout.name) + " data does not go into this run-time layout");
-    const auto* bytes = static_cast<const uint8_t*>(source);
-    const int tiles = static_cast<int>(ceil_div(rows, kTileRows)), together = layout.tiles_together(rows);
-    const int64_t tile_size = tile_bytes(runtime, columns);
-    AlignedArray<uint8_t> out(static_cast<size_t>(tiles * tile_size), false);
+    const int tiles = static_cast<int>(ceil_div(rows, kTileRows)), groups = tiles / layout.tiles_together(rows);
+    const int64_t tile_size = tile_bytes(runtime, columns), total = static_cast<int64_t>(bytes.size());
+    uint8_t* to;
+    Bytes out = arena.allocate(static_cast<size_t>(tiles * tile_size), to);
     const size_t panel = static_cast<size_t>(4 * kPanelColumns * kTileRows);
     AlignedArray<uint8_t> panels(is_float(runtime) ? 0 : panel * static_cast<size_t>(pool.size()), false);
     std::atomic<bool> good{true};
-    pool.run([&](Team& team) {
-        const Range mine = team.share(tiles / together);
-        for (int tile = mine.begin; tile < mine.end; ++tile) {
-            if (is_float(runtime))
-                copy_rows(runtime, bytes, rows, columns, tile, out.data() + tile * tile_size);
-            else if (!move_tiles(layout, runtime_layout(runtime), {bytes, rows, columns, tile, 0, 0, 0}, tiles,
-                                 panels.data() + panel * static_cast<size_t>(team.rank), out.data()))
-                good = false;
-        }
-    });
+    auto move_group = [&](int group, uint8_t* codes) {
+        const SourcePart part{bytes.data(), rows, columns, group, 0, 0, 0};
+        if (is_float(runtime))
+            copy_rows(runtime, bytes.data(), rows, columns, group, to + group * tile_size);
+        else if (!move_tiles(layout, runtime_layout(runtime), part, tiles, codes, to))
+            good = false;
+    };
+    const int slices = mapped ? static_cast<int>(ceil_div(total, kSliceBytes)) : 1;
+    for (int slice = 0; slice < slices; ++slice) {
+        const int first = static_cast<int>(static_cast<int64_t>(groups) * slice / slices),
+                  end = static_cast<int>(static_cast<int64_t>(groups) * (slice + 1) / slices);
+        pool.run([&](Team& team) {
+            uint8_t* codes = panels.data() + panel * static_cast<size_t>(team.rank);
+            Chunks chunks(team, end - first, 1);
+            for (Range r = chunks.next(); !r.empty(); r = chunks.next())
+                for (int group = first + r.begin; group < first + r.end; ++group) move_group(group, codes);
+        });
+        // The groups of a slice come from about this part of the source; where they do not, pages are read twice.
+        const int64_t begin = total * slice / slices;
+        if (mapped) drop_file_pages(bytes.data() + begin, static_cast<size_t>(total * (slice + 1) / slices - begin));
+    }
+    if (mapped) drop_file_pages(bytes.data(), bytes.size());
     if (!good) throw std::invalid_argument(std::string(layout.name) + " data holds a code that is not -1, 0 or +1");
     return out;
 }

@@ -36,6 +36,10 @@ std::vector<uint8_t> random_source(const SourceLayout& layout, int rows, int col
     return bytes;
 }
 
+Stored stored(const SourceLayout& layout, const std::vector<uint8_t>& source, int rows, int columns) {
+    return {layout, Bytes(nullptr, source.data(), source.size()), rows, columns};
+}
+
 /// Codes, one by one, as the definitions of the file layouts say.
 int source_code(const SourceLayout& layout, const std::vector<uint8_t>& source, int rows, int columns, int r, int k) {
     if (layout.runtime == Runtime::kBinary)
@@ -56,6 +60,7 @@ int runtime_code(Runtime runtime, const uint8_t* tile, int r, int k) {
 
 void test_repack() {
     Pool pool(3);
+    Arena arena;
     const std::pair<const char*, Runtime> ways[] = {
         {"hf_bitlinear", Runtime::kTernary}, {"hf_bitlinear", Runtime::kTernary3}, {"binary_rows", Runtime::kBinary}};
     for (const auto& [name, runtime] : ways) {
@@ -63,7 +68,7 @@ void test_repack() {
              {std::pair{1, 1}, {16, 40}, {64, 320}, {100, 321}, {192, 1003}, {130, 639}}) {
             const SourceLayout& layout = source_layout(name);
             const std::vector<uint8_t> source = random_source(layout, rows, columns, -1);
-            const AlignedArray<uint8_t> packed = repack(layout, runtime, source.data(), rows, columns, pool);
+            const Bytes packed = repack(stored(layout, source, rows, columns), runtime, pool, arena);
             bool good = true;
             for (int r = 0; r < rows; ++r)
                 for (int k = 0; k < columns; ++k)
@@ -81,7 +86,8 @@ std::vector<int32_t> integer_product(const char* layout, const char* isa, int ro
     random_numbers.seed(static_cast<unsigned>(rows * 31 + columns * 7 + tokens));
     Runner runner(2, isa);
     const std::vector<uint8_t> source = random_source(source_layout(layout), rows, columns, code);
-    const Linear linear(layout, source.data(), rows, columns, 1.0f, "a8", nullptr, runner.pool, runner.kernels);
+    const Linear linear(stored(source_layout(layout), source, rows, columns), 1.0f, "a8", nullptr, runner.pool,
+                        runner.arena, runner.kernels);
     const ptrdiff_t stride = code_stride(columns), out_stride = round_up(rows, kTileRows);
     AlignedArray<int8_t> codes(static_cast<size_t>(tokens * stride));
     std::vector<int32_t> sums(static_cast<size_t>(tokens)), out(static_cast<size_t>(tokens * out_stride));
@@ -198,7 +204,8 @@ std::vector<float> float_product(const char* layout, const char* isa, int rows, 
         else
             std::memcpy(source.data() + 2 * i, &half, 2);
     }
-    const Linear linear(layout, source.data(), rows, columns, 1.0f, "", nullptr, runner.pool, runner.kernels);
+    const Linear linear(stored(source_layout(layout), source, rows, columns), 1.0f, "", nullptr, runner.pool,
+                        runner.arena, runner.kernels);
     Activations x(tokens, columns);
     for (int t = 0; t < tokens; ++t)
         for (int k = 0; k < columns; ++k) x.row(t)[k] = random_float();
