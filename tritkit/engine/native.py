@@ -106,12 +106,13 @@ class NativeEngine:
 
     def step(self, jobs: Sequence[Job]) -> list[NDArray[np.float32] | None]:
         """See `Engine.step`."""
+        decoder = self._decoder
         jobs = checked(jobs, self)
         lengths = {job.sequence: self.length(job.sequence) for job in jobs}
         results: list[list[NDArray[np.float32]]] = [[] for _ in jobs]
         try:
             for batch in _batches(jobs):
-                outputs = self._decoder.step([_fields(piece) for _, piece in batch])
+                outputs = decoder.step([_fields(piece) for _, piece in batch])
                 for (i, _), output in zip(batch, outputs, strict=True):
                     if output is not None:
                         results[i].append(output)
