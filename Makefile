@@ -10,7 +10,7 @@ CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off -c constraints-cpu.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test interop slow gpu lint format clean
+.PHONY: help venv demo test interop slow gpu sanitize lint format clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -53,6 +53,14 @@ slow: $(INSTALLED) ## the tests that take minutes
 
 gpu: $(INSTALLED) ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu || test $$? -eq 5 # 5: there are none
+
+sanitize: $(INSTALLED) ## the kernel tests under the address, undefined-behaviour and thread sanitizers (minutes)
+	@for kind in address,undefined thread; do \
+	    folder=build/sanitize-$${kind%%,*} && echo "building with -fsanitize=$$kind" && \
+	    $(BIN)/cmake -S . -B $$folder -DTRITKIT_BUILD_TESTS=ON -DTRITKIT_BUILD_PYTHON=OFF \
+	        -DTRITKIT_SANITIZE=$$kind --log-level=ERROR > /dev/null && \
+	    $(BIN)/cmake --build $$folder --parallel 2 > /dev/null && $$folder/test_kernels || exit 1; \
+	done
 
 lint: $(INSTALLED) ## ruff, mypy, clang-format; changes nothing
 	$(BIN)/ruff check

@@ -83,9 +83,17 @@ nb::object new_array(T*& data, std::initializer_list<size_t> shape) {
     return nb::cast(nb::ndarray<nb::numpy, T>(data, shape, owner));
 }
 
-std::shared_ptr<Linear> new_linear(Runner& runner, const std::string& layout, const Array& data, int rows, int columns,
-                                   float scale, const std::optional<std::string>& activations,
-                                   const std::optional<Array>& bias) {
+/// The bytes of an array and what keeps them alive, for objects that read them where they lie.
+Bytes bytes_of(const Array& a) {
+    std::shared_ptr<const void> owner(new Array(a), [](const Array* array) {
+        nb::gil_scoped_acquire acquire;
+        delete array;
+    });
+    return Bytes(std::move(owner), static_cast<const uint8_t*>(a.data()), a.nbytes());
+}
+
+/// A matrix of a file; nothing is read yet.
+Stored stored(const std::string& layout, const Array& data, int rows, int columns, bool mapped) {
     const SourceLayout& source = source_layout(layout);
     if (rows < 1 || columns < 1) throw nb::value_error("rows and columns must be positive");
     if (!is_contiguous(data)) throw nb::value_error("data must be C-contiguous");
@@ -94,10 +102,28 @@ std::shared_ptr<Linear> new_linear(Runner& runner, const std::string& layout, co
                                std::to_string(source.source_bytes(rows, columns)) + " for " + layout + " [" +
                                std::to_string(rows) + ", " + std::to_string(columns) + "]")
                                   .c_str());
+    return {source, bytes_of(data), rows, columns, mapped};
+}
+
+int64_t needed_bytes(const Runner& runner, const std::string& layout, const Array& data, int rows, int columns) {
+    return Linear::needed_bytes(stored(layout, data, rows, columns, false), runner.kernels);
+}
+
+std::shared_ptr<Linear> new_linear(Runner& runner, const std::string& layout, const Array& data, int rows, int columns,
+                                   float scale, const std::optional<std::string>& activations,
+                                   const std::optional<Array>& bias, bool mapped) {
+    const Stored source = stored(layout, data, rows, columns, mapped);
     const float* bias_data = bias ? checked<float>(*bias, "bias", {rows}) : nullptr;
     nb::gil_scoped_release release;
-    return std::make_shared<Linear>(layout, data.data(), rows, columns, scale, activations.value_or(""), bias_data,
-                                    runner.pool, runner.kernels);
+    return std::make_shared<Linear>(source, scale, activations.value_or(""), bias_data, runner.pool, runner.arena,
+                                    runner.kernels);
+}
+
+std::shared_ptr<RowTable> new_row_table(const std::string& layout, const Array& data, int rows, int columns,
+                                        float scale, bool drop_pages) {
+    const Stored source = stored(layout, data, rows, columns, false);
+    if (!is_float(source.layout.runtime)) throw nb::value_error("a table of rows must have a float layout");
+    return std::make_shared<RowTable>(source.layout.runtime, source.bytes, rows, columns, scale, drop_pages);
 }
 
 Norm norm(const std::optional<Array>& a, const char* name, int size) {
@@ -106,7 +132,8 @@ Norm norm(const std::optional<Array>& a, const char* name, int size) {
     return Norm(data, data + size);
 }
 
-void require_shape(const Linear& linear, const char* name, int rows, int columns) {
+template <class Matrix>
+void require_shape(const Matrix& linear, const char* name, int rows, int columns) {
     if (linear.rows() != rows || linear.columns() != columns)
         throw nb::value_error((std::string(name) + " has shape [" + std::to_string(linear.rows()) + ", " +
                                std::to_string(linear.columns()) + "], expected [" + std::to_string(rows) + ", " +
@@ -159,16 +186,15 @@ DecoderShape shape_from(const nb::dict& d) {
 }
 
 void init_decoder(Decoder* self, std::shared_ptr<Runner> runner, const nb::dict& shape,
-                  std::shared_ptr<Linear> embedding, const nb::list& layers, const Array& final_norm,
-                  std::optional<std::shared_ptr<Linear>> head, int kv_bits) {
+                  std::shared_ptr<RowTable> embedding, const nb::list& layers, const Array& final_norm,
+                  std::shared_ptr<Linear> head, int kv_bits) {
     const DecoderShape s = shape_from(shape);
     require_shape(*embedding, "embedding", s.vocab_size, s.hidden_size);
-    if (head) require_shape(**head, "head", s.vocab_size, s.hidden_size);
-    if (!is_float(embedding->runtime())) throw nb::value_error("the embedding must have a float layout");
+    require_shape(*head, "head", s.vocab_size, s.hidden_size);
     std::vector<Layer> built;
     for (nb::handle layer : layers) built.push_back(layer_of(nb::cast<nb::dict>(layer), s));
-    new (self) Decoder(std::move(runner), s, embedding, std::move(built), norm(final_norm, "final_norm", s.hidden_size),
-                       head.value_or(nullptr), kv_bits);
+    new (self) Decoder(std::move(runner), s, std::move(embedding), std::move(built),
+                       norm(final_norm, "final_norm", s.hidden_size), std::move(head), kv_bits);
 }
 
 Want want_of(const std::string& name) {
@@ -231,7 +257,7 @@ nb::list step(Decoder& decoder, const nb::list& jobs) {
 nb::object integer_product(const std::string& layout, const Array& data, int rows, int columns, const Array& x,
                            const std::string& isa) {
     Runner runner(1, isa);
-    const auto linear = new_linear(runner, layout, data, rows, columns, 1.0f, "a8", std::nullopt);
+    const auto linear = new_linear(runner, layout, data, rows, columns, 1.0f, "a8", std::nullopt, false);
     const int8_t* codes = checked<int8_t>(x, "x", 2);
     const int tokens = static_cast<int>(x.shape(0));
     checked<int8_t>(x, "x", {tokens, columns});
@@ -304,6 +330,9 @@ NB_MODULE(_native, m) {
     m.doc() = "The native engine of tritkit. tritkit.engine.native is its face.";
     m.def("available_isas", &available_isas, "Instruction sets with kernels that this CPU can run, slowest first.");
     m.def("default_isa", &default_isa, "TRITKIT_ISA, or the fastest available one.");
+    m.def("usable_cores", &usable_cores, "Cores that this process may run on.");
+    m.def("runtime_bytes", &needed_bytes, "runner"_a, "layout"_a, "data"_a, "rows"_a, "cols"_a,
+          "Bytes that a Linear would allocate.");
     m.def("integer_product", &integer_product, "layout"_a, "data"_a, "rows"_a, "cols"_a, "x"_a, "isa"_a = "",
           "Exact int32 [tokens, rows] product of packed weights and int8 x [tokens, cols].");
     m.def("quantize", &quantize, "x"_a, "activations"_a, "isa"_a = "", "int8 codes and float32 scales of each row.");
@@ -322,12 +351,15 @@ NB_MODULE(_native, m) {
 
     nb::class_<Linear>(m, "Linear", "One matrix in its run-time layout.")
         .def(nb::new_(&new_linear), "runner"_a, "layout"_a, "data"_a, "rows"_a, "cols"_a, "scale"_a,
-             "activations"_a.none(), "bias"_a.none())
+             "activations"_a.none(), "bias"_a.none(), "mapped"_a = false)
         .def_prop_ro("bytes", &Linear::bytes);
 
+    nb::class_<RowTable>(m, "RowTable", "Rows of floats, looked up where they lie.")
+        .def(nb::new_(&new_row_table), "layout"_a, "data"_a, "rows"_a, "cols"_a, "scale"_a, "drop_pages"_a = false);
+
     nb::class_<Decoder>(m, "Decoder", "The whole forward step.")
-        .def("__init__", &init_decoder, "runner"_a, "shape"_a, "embedding"_a, "layers"_a, "final_norm"_a,
-             "head"_a.none(), "kv_bits"_a = 16)
+        .def("__init__", &init_decoder, "runner"_a, "shape"_a, "embedding"_a, "layers"_a, "final_norm"_a, "head"_a,
+             "kv_bits"_a = 16)
         .def("new", &Decoder::create, Release())
         .def("fork", &Decoder::fork, "sequence"_a, Release())
         .def("truncate", &Decoder::truncate, "sequence"_a, "length"_a, Release())

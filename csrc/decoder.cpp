@@ -64,14 +64,14 @@ struct Decoder::Output {
     float* nll;
 };
 
-Decoder::Decoder(std::shared_ptr<Runner> runner, const DecoderShape& shape, LinearPtr embedding,
+Decoder::Decoder(std::shared_ptr<Runner> runner, const DecoderShape& shape, RowsPtr embedding,
                  std::vector<Layer> layers, Norm final_norm, LinearPtr head, int kv_bits)
     : runner_(std::move(runner)),
       shape_(shape),
       embedding_(std::move(embedding)),
       layers_(std::move(layers)),
       final_norm_(std::move(final_norm)),
-      head_(head ? std::move(head) : embedding_),
+      head_(std::move(head)),
       pages_(static_cast<int>(layers_.size()), shape.heads.kv_heads, shape.heads.head_dim, kv_bits),
       attention_(shape.heads, shape.rope_theta, pages_, runner_->kernels, runner_->pool.size()) {}
 
@@ -101,8 +101,7 @@ int Decoder::length(int sequence) const {
 }
 
 size_t Decoder::bytes_per_token() const {
-    size_t bytes = head_->bytes() + final_norm_.size() * sizeof(float);
-    if (head_ != embedding_) bytes += embedding_->bytes() / static_cast<size_t>(embedding_->rows());
+    size_t bytes = embedding_->row_bytes() + head_->bytes() + final_norm_.size() * sizeof(float);
     for (const Layer& layer : layers_) {
         for (const LinearPtr& l : {layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down})
             bytes += l->bytes();

@@ -13,14 +13,16 @@
 #include "kernels.h"
 #include "kv_pages.h"
 #include "linear.h"
+#include "row_table.h"
 #include "threads.h"
 
 namespace tritkit {
 
-/// The threads and the kernels that everything of one engine uses.
+/// The threads, the memory and the kernels that everything of one engine uses.
 struct Runner {
     Runner(int threads, const std::string& isa) : pool(threads), kernels(kernels_for(isa)) {}
     Pool pool;
+    Arena arena;
     const Kernels& kernels;
 };
 
@@ -37,6 +39,7 @@ struct DecoderShape {
 };
 
 using LinearPtr = std::shared_ptr<const Linear>;
+using RowsPtr = std::shared_ptr<const RowTable>;
 using Norm = std::vector<float>;  // empty: none
 
 struct Layer {
@@ -58,7 +61,7 @@ struct Job {
 
 class Decoder {
  public:
-    Decoder(std::shared_ptr<Runner> runner, const DecoderShape& shape, LinearPtr embedding, std::vector<Layer> layers,
+    Decoder(std::shared_ptr<Runner> runner, const DecoderShape& shape, RowsPtr embedding, std::vector<Layer> layers,
             Norm final_norm, LinearPtr head, int kv_bits);
 
     int create();
@@ -92,7 +95,7 @@ class Decoder {
 
     std::shared_ptr<Runner> runner_;
     DecoderShape shape_;
-    LinearPtr embedding_;
+    RowsPtr embedding_;
     std::vector<Layer> layers_;
     Norm final_norm_;
     LinearPtr head_;

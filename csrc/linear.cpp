@@ -4,8 +4,6 @@
 #include <cassert>
 #include <stdexcept>
 
-#include "floats.h"
-
 namespace tritkit {
 namespace {
 
@@ -50,19 +48,29 @@ void Activations::quantize(int token, const Kernels& kernels) const {
     }
 }
 
-Linear::Linear(const std::string& layout, const void* data, int rows, int columns, float scale,
-               const std::string& activations, const float* bias, Pool& pool, const Kernels& kernels)
-    : runtime_(source_layout(layout).runtime),
-      rows_(rows),
-      columns_(columns),
+Linear::Linear(const Stored& source, float scale, const std::string& activations, const float* bias, Pool& pool,
+               Arena& arena, const Kernels& kernels)
+    : runtime_(source.layout.runtime),
+      rows_(source.rows),
+      columns_(source.columns),
       scale_(scale),
       activations_(activation_format(activations)),
       kernels_(&kernels) {
     if (is_float(runtime_) != (activations_ == ActivationFormat::kFloat))
-        throw std::invalid_argument("activations is '" + activations + "' for layout " + layout + ", expected " +
-                                    (is_float(runtime_) ? "None" : "a8 or a8_q128"));
-    if (bias) bias_.assign(bias, bias + rows);
-    weights_ = repack(source_layout(layout), runtime_, data, rows, columns, pool);
+        throw std::invalid_argument("activations is '" + activations + "' for layout " + source.layout.name +
+                                    ", expected " + (is_float(runtime_) ? "None" : "a8 or a8_q128"));
+    if (!is_float(runtime_) && columns_ > kMaxColumns)
+        throw std::invalid_argument("there are " + std::to_string(columns_) + " columns, more than the " +
+                                    std::to_string(kMaxColumns) + " whose products are sure to fit 32 bits");
+    if (bias) bias_.assign(bias, bias + rows_);
+    weights_ = runs_in_place(source.layout, source.bytes.data(), columns_) ? source.bytes
+                                                                           : repack(source, runtime_, pool, arena);
+}
+
+int64_t Linear::needed_bytes(const Stored& source, const Kernels&) {
+    if (runs_in_place(source.layout, source.bytes.data(), source.columns)) return 0;
+    const int64_t tiles = (source.rows + kTileRows - 1) / kTileRows;
+    return tiles * tile_bytes(source.layout.runtime, source.columns);
 }
 
 void Linear::integer_product(Range mine, const int8_t* codes, ptrdiff_t code_stride, const int32_t* sums, int tokens,
@@ -139,18 +147,6 @@ void Linear::apply(Range mine, const Activations& x, int tokens, float* out, ptr
                             stride, scratch.panel.data());
             for (int t = 0; t < tokens; ++t) finish(t, scratch.integers.data() + t * stride, scale_ * c.scales[t]);
         }
-    }
-}
-
-void Linear::copy_row(int r, float* out) const {
-    const ptrdiff_t at = r * round_up(columns_, kFloatPad);
-    const auto* half = reinterpret_cast<const uint16_t*>(weights_.data()) + at;
-    const auto* full = reinterpret_cast<const float*>(weights_.data()) + at;
-    for (int k = 0; k < columns_; ++k) {
-        const float value = runtime_ == Runtime::kF32   ? full[k]
-                            : runtime_ == Runtime::kF16 ? float_from_f16(half[k])
-                                                        : float_from_bf16(half[k]);
-        out[k] = value * scale_;
     }
 }
 

@@ -52,15 +52,18 @@ class Activations {
 
 class Linear {
  public:
-    /// data: source_bytes of the layout; bias: null or [rows]. Throws std::invalid_argument.
-    Linear(const std::string& layout, const void* data, int rows, int columns, float scale,
-           const std::string& activations, const float* bias, Pool& pool, const Kernels& kernels);
+    /// bias: null or [rows]. Floats are read where they lie if they can be. Throws std::invalid_argument.
+    Linear(const Stored& source, float scale, const std::string& activations, const float* bias, Pool& pool,
+           Arena& arena, const Kernels& kernels);
+
+    /// What that will allocate.
+    static int64_t needed_bytes(const Stored& source, const Kernels& kernels);
 
     int rows() const { return rows_; }
     int columns() const { return columns_; }
     Runtime runtime() const { return runtime_; }
     ActivationFormat activations() const { return activations_; }
-    size_t bytes() const { return weights_.bytes(); }
+    size_t bytes() const { return weights_.size(); }
 
     /// The rows that this thread computes: whole tiles.
     Range share(const Team& team) const { return team.share(rows_, kTileRows); }
@@ -82,9 +85,6 @@ class Linear {
     void integer_product(Range mine, const int8_t* codes, ptrdiff_t code_stride, const int32_t* sums, int tokens,
                          int32_t* out, ptrdiff_t out_stride, uint8_t* panel) const;
 
-    /// Row r of float weights as floats (an embedding).
-    void copy_row(int r, float* out) const;
-
  private:
     void float_product(Range mine, const float* x, ptrdiff_t x_stride, int tokens, float* out,
                        ptrdiff_t out_stride) const;
@@ -94,7 +94,7 @@ class Linear {
     float scale_;
     ActivationFormat activations_;
     std::vector<float> bias_;
-    AlignedArray<uint8_t> weights_;
+    Bytes weights_;
     const Kernels* kernels_;
 };
 

@@ -12,6 +12,9 @@ namespace {
 constexpr int kGroupColumns = 4;    // columns of a group of codes
 constexpr int kPanelColumns = 320;  // codes of four tiles stay in the first cache; a multiple of every block's columns
 
+constexpr int64_t kSliceBytes = int64_t{16}
+                                << 20;  // of a mapped source, between one dropping of its pages and the next
+
 int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 
 int one_tile(int) { return 1; }
@@ -29,28 +32,43 @@ int64_t hf_ternary_bytes(int rows, int columns) { return ceil_div(rows, 4) * col
 /// Where R is whole tiles, 16 rows of bytes are four tiles of weights.
 int hf_ternary_together(int rows) { return rows % (4 * kTileRows) == 0 ? 4 : 1; }
 
-/// Four bytes, those beyond `count` filled with codes of 0.
-uint32_t hf_word(const uint8_t* bytes, int count) {
-    uint32_t word = 0x55555555u;
-    std::memcpy(&word, bytes, static_cast<size_t>(std::min(count, 4)));
-    return word;
+/// The bytes of a part in the order of codes, word r of group g from the row that code r comes from, moved down to the
+/// field of that row. Beyond the last column: weights of 0.
+void gather_hf_words(const SourcePart& p, uint32_t* words) {
+    const int packed_rows = static_cast<int>(ceil_div(p.rows, 4));
+    const int columns = std::min(p.count, p.columns - p.begin);
+    for (int r = 0; r < kTileRows && p.tile * kTileRows + r < p.rows; ++r) {
+        const int row = p.tile * kTileRows + r, shift = 2 * (row / packed_rows);
+        const uint8_t* from = p.source + static_cast<ptrdiff_t>(row % packed_rows) * p.columns + p.begin;
+        uint32_t* to = words + r;
+        uint32_t word;
+        for (int k = 0; k + kGroupColumns <= columns; k += kGroupColumns, to += kTileRows) {
+            std::memcpy(&word, from + k, sizeof word);
+            *to = word >> shift;
+        }
+        if (const int rest = columns % kGroupColumns) {
+            word = 0x55555555u;
+            std::memcpy(&word, from + columns - rest, static_cast<size_t>(rest));
+            *to = word >> shift;
+        }
+    }
 }
 
 bool unpack_hf_ternary(const SourcePart& p, uint8_t* codes) {
-    const bool four = hf_ternary_together(p.rows) == 4;
-    const int packed_rows = static_cast<int>(ceil_div(p.rows, 4));
-    const int columns = std::min(p.count, p.columns - p.begin);
+    alignas(64) uint32_t words[kPanelColumns / kGroupColumns * kTileRows];
+    const int count = static_cast<int>(ceil_div(p.count, kGroupColumns)) * kTileRows;
+    const int tiles = hf_ternary_together(p.rows);
+    // Rows that do not exist are weights of 0.
+    if ((p.tile + 1) * kTileRows > p.rows || p.begin + p.count > p.columns)
+        std::fill(words, words + count, 0x55555555u);
+    gather_hf_words(p, words);
     uint32_t bad = 0;
-    for (int r = 0; r < kTileRows && p.tile * kTileRows + r < p.rows; ++r) {
-        const int row = p.tile * kTileRows + r, field = row / packed_rows;
-        const uint8_t* from = p.source + static_cast<ptrdiff_t>(row % packed_rows) * p.columns + p.begin;
-        for (int k = 0; k < columns; k += kGroupColumns) {
-            const uint32_t bytes = hf_word(from + k, columns - k);
-            for (int i = 0; i < (four ? 4 : 1); ++i) {
-                const uint32_t word = bytes >> (2 * (field + i)) & 0x03030303u;
-                bad |= word & word >> 1;  // code + 1 == 3
-                put(codes + i * p.spacing, k / kGroupColumns, r, word);
-            }
+    for (int i = 0; i < tiles; ++i) {
+        auto* to = reinterpret_cast<uint32_t*>(codes + i * p.spacing);
+        for (int w = 0; w < count; ++w) {
+            const uint32_t word = words[w] >> (2 * i) & 0x03030303u;
+            bad |= word & word >> 1;  // code + 1 == 3
+            to[w] = word;
         }
     }
     return (bad & 0x01010101u) == 0;
@@ -77,7 +95,7 @@ bool unpack_binary_rows(const SourcePart& p, uint8_t* codes) {
 // --- Floats [rows, columns], kept as they are but for the padding of each row.
 
 template <int bytes>
-int64_t float_bytes(int rows, int columns) {
+int64_t float_rows_bytes(int rows, int columns) {
     return static_cast<int64_t>(rows) * columns * bytes;
 }
 
@@ -86,9 +104,9 @@ const SourceLayout kSources[] = {
     {"hf_autobitlinear", Runtime::kTernary, hf_ternary_bytes, hf_ternary_together, unpack_hf_ternary},
     {"hf_bitlinear", Runtime::kTernary, hf_ternary_bytes, hf_ternary_together, unpack_hf_ternary},
     {"binary_rows", Runtime::kBinary, binary_rows_bytes, one_tile, unpack_binary_rows},
-    {"f32", Runtime::kF32, float_bytes<4>, one_tile, nullptr},
-    {"f16", Runtime::kF16, float_bytes<2>, one_tile, nullptr},
-    {"bf16", Runtime::kBf16, float_bytes<2>, one_tile, nullptr},
+    {"f32", Runtime::kF32, float_rows_bytes<4>, one_tile, nullptr},
+    {"f16", Runtime::kF16, float_rows_bytes<2>, one_tile, nullptr},
+    {"bf16", Runtime::kBf16, float_rows_bytes<2>, one_tile, nullptr},
 };
 
 // --- Run-time layouts: each block from the groups of its columns.
@@ -110,9 +128,11 @@ void pack_fields(const uint8_t* codes, int blocks, uint8_t* out) {
 void pack_base3(const uint8_t* codes, int blocks, uint8_t* out) {
     for (int b = 0; b < blocks; ++b, codes += 5 * kBlockBytes, out += kBlockBytes) {
         for (int i = 0; i < kBlockBytes; ++i) {
-            unsigned v = codes[i];
-            for (int f = 1; f < 5; ++f) v = 3 * v + codes[f * kBlockBytes + i];
-            out[i] = static_cast<uint8_t>((v * 256 + 242) / 243);
+            uint16_t v = codes[i];
+            for (int f = 1; f < 5; ++f) v = static_cast<uint16_t>(3 * v + codes[f * kBlockBytes + i]);
+            // v + ceil(v * 13 / 243), in 16 bits; true for every v up to 242
+            const uint16_t high = static_cast<uint16_t>(static_cast<uint32_t>(v << 8) * 3506 >> 16);
+            out[i] = static_cast<uint8_t>(v + ((high + 255) >> 8));
         }
     }
 }
@@ -140,11 +160,9 @@ const RuntimeLayout& runtime_layout(Runtime runtime) {
     throw std::invalid_argument("a layout of floats has no blocks");
 }
 
-int float_size(Runtime runtime) { return runtime == Runtime::kF32 ? 4 : 2; }
-
 void copy_rows(Runtime runtime, const uint8_t* source, int rows, int columns, int tile, uint8_t* out) {
-    const ptrdiff_t from = static_cast<ptrdiff_t>(columns) * float_size(runtime),
-                    to = round_up(columns, kFloatPad) * float_size(runtime);
+    const ptrdiff_t from = static_cast<ptrdiff_t>(columns) * float_bytes(runtime),
+                    to = round_up(columns, kFloatPad) * float_bytes(runtime);
     for (int r = 0; r < kTileRows; ++r, out += to) {
         const int row = tile * kTileRows + r;
         const ptrdiff_t filled = row < rows ? from : 0;
@@ -190,31 +208,48 @@ const SourceLayout& source_layout(const std::string& name) {
 TileLayout tile_layout(Runtime layout) { return runtime_layout(layout).tile; }
 
 int64_t tile_bytes(Runtime layout, int columns) {
-    if (is_float(layout)) return kTileRows * round_up(columns, kFloatPad) * float_size(layout);
+    if (is_float(layout)) return kTileRows * round_up(columns, kFloatPad) * float_bytes(layout);
     return static_cast<int64_t>(blocks_of(tile_layout(layout), columns)) * kBlockBytes;
 }
 
-AlignedArray<uint8_t> repack(const SourceLayout& layout, Runtime runtime, const void* source, int rows, int columns,
-                             Pool& pool) {
+bool runs_in_place(const SourceLayout& layout, const void* data, int columns) {
+    return is_float(layout.runtime) && columns % kFloatPad == 0 &&
+           reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(float_bytes(layout.runtime)) == 0;
+}
+
+Bytes repack(const Stored& source, Runtime runtime, Pool& pool, Arena& arena) {
+    const auto& [layout, bytes, rows, columns, mapped] = source;
     if (is_float(runtime) ? runtime != layout.runtime : runtime_layout(runtime).codes != layout.runtime)
         throw std::invalid_argument(std::string(layout.name) + " data does not go into this run-time layout");
-    const auto* bytes = static_cast<const uint8_t*>(source);
-    const int tiles = static_cast<int>(ceil_div(rows, kTileRows)), together = layout.tiles_together(rows);
-    const int64_t tile_size = tile_bytes(runtime, columns);
-    AlignedArray<uint8_t> out(static_cast<size_t>(tiles * tile_size), false);
+    const int tiles = static_cast<int>(ceil_div(rows, kTileRows)), groups = tiles / layout.tiles_together(rows);
+    const int64_t tile_size = tile_bytes(runtime, columns), total = static_cast<int64_t>(bytes.size());
+    uint8_t* to;
+    Bytes out = arena.allocate(static_cast<size_t>(tiles * tile_size), to);
     const size_t panel = static_cast<size_t>(4 * kPanelColumns * kTileRows);
     AlignedArray<uint8_t> panels(is_float(runtime) ? 0 : panel * static_cast<size_t>(pool.size()), false);
     std::atomic<bool> good{true};
-    pool.run([&](Team& team) {
-        const Range mine = team.share(tiles / together);
-        for (int tile = mine.begin; tile < mine.end; ++tile) {
-            if (is_float(runtime))
-                copy_rows(runtime, bytes, rows, columns, tile, out.data() + tile * tile_size);
-            else if (!move_tiles(layout, runtime_layout(runtime), {bytes, rows, columns, tile, 0, 0, 0}, tiles,
-                                 panels.data() + panel * static_cast<size_t>(team.rank), out.data()))
-                good = false;
-        }
-    });
+    auto move_group = [&](int group, uint8_t* codes) {
+        const SourcePart part{bytes.data(), rows, columns, group, 0, 0, 0};
+        if (is_float(runtime))
+            copy_rows(runtime, bytes.data(), rows, columns, group, to + group * tile_size);
+        else if (!move_tiles(layout, runtime_layout(runtime), part, tiles, codes, to))
+            good = false;
+    };
+    const int slices = mapped ? static_cast<int>(ceil_div(total, kSliceBytes)) : 1;
+    for (int slice = 0; slice < slices; ++slice) {
+        const int first = static_cast<int>(static_cast<int64_t>(groups) * slice / slices),
+                  end = static_cast<int>(static_cast<int64_t>(groups) * (slice + 1) / slices);
+        pool.run([&](Team& team) {
+            uint8_t* codes = panels.data() + panel * static_cast<size_t>(team.rank);
+            Chunks chunks(team, end - first, 1);
+            for (Range r = chunks.next(); !r.empty(); r = chunks.next())
+                for (int group = first + r.begin; group < first + r.end; ++group) move_group(group, codes);
+        });
+        // The groups of a slice come from about this part of the source; where they do not, pages are read twice.
+        const int64_t begin = total * slice / slices;
+        if (mapped) drop_file_pages(bytes.data() + begin, static_cast<size_t>(total * (slice + 1) / slices - begin));
+    }
+    if (mapped) drop_file_pages(bytes.data(), bytes.size());
     if (!good) throw std::invalid_argument(std::string(layout.name) + " data holds a code that is not -1, 0 or +1");
     return out;
 }

@@ -49,9 +49,22 @@ TileLayout tile_layout(Runtime layout);
 /// Bytes of one tile in the run-time layout.
 int64_t tile_bytes(Runtime layout, int columns);
 
-/// `source` must hold source_bytes(rows, columns) bytes. Throws std::invalid_argument on codes out of range, and where
-/// the run-time layout cannot hold the codes of the source.
-AlignedArray<uint8_t> repack(const SourceLayout& layout, Runtime runtime, const void* source, int rows, int columns,
-                             Pool& pool);
+/// Bytes of an element of a float layout.
+inline int float_bytes(Runtime layout) { return layout == Runtime::kF32 ? 4 : 2; }
+
+/// A matrix as it lies in a file.
+struct Stored {
+    const SourceLayout& layout;
+    Bytes bytes;  // source_bytes of it
+    int rows, columns;
+    bool mapped = false;  // a read-only mapping of a file: its pages are dropped behind the work
+};
+
+/// Whether the kernels can read these floats where they lie.
+bool runs_in_place(const SourceLayout& layout, const void* data, int columns);
+
+/// The matrix in the run-time layout. Throws std::invalid_argument on codes out of range, and where the run-time
+/// layout cannot hold the codes of the source.
+Bytes repack(const Stored& source, Runtime runtime, Pool& pool, Arena& arena);
 
 }  // namespace tritkit

@@ -36,6 +36,10 @@ std::vector<uint8_t> random_source(const SourceLayout& layout, int rows, int col
     return bytes;
 }
 
+Stored stored(const SourceLayout& layout, const std::vector<uint8_t>& source, int rows, int columns) {
+    return {layout, Bytes(nullptr, source.data(), source.size()), rows, columns};
+}
+
 /// Codes, one by one, as the definitions of the file layouts say.
 int source_code(const SourceLayout& layout, const std::vector<uint8_t>& source, int rows, int columns, int r, int k) {
     if (layout.runtime == Runtime::kBinary)
@@ -56,6 +60,7 @@ int runtime_code(Runtime runtime, const uint8_t* tile, int r, int k) {
 
 void test_repack() {
     Pool pool(3);
+    Arena arena;
     const std::pair<const char*, Runtime> ways[] = {
         {"hf_bitlinear", Runtime::kTernary}, {"hf_bitlinear", Runtime::kTernary3}, {"binary_rows", Runtime::kBinary}};
     for (const auto& [name, runtime] : ways) {
@@ -63,7 +68,7 @@ void test_repack() {
              {std::pair{1, 1}, {16, 40}, {64, 320}, {100, 321}, {192, 1003}, {130, 639}}) {
             const SourceLayout& layout = source_layout(name);
             const std::vector<uint8_t> source = random_source(layout, rows, columns, -1);
-            const AlignedArray<uint8_t> packed = repack(layout, runtime, source.data(), rows, columns, pool);
+            const Bytes packed = repack(stored(layout, source, rows, columns), runtime, pool, arena);
             bool good = true;
             for (int r = 0; r < rows; ++r)
                 for (int k = 0; k < columns; ++k)
@@ -75,13 +80,44 @@ void test_repack() {
     }
 }
 
+/// Rows of a table that lies on odd bytes; and what a linear refuses.
+void test_rows() {
+    for (const auto& [name, layout] :
+         {std::pair{"f32", Runtime::kF32}, {"f16", Runtime::kF16}, {"bf16", Runtime::kBf16}}) {
+        const int size = float_bytes(layout);
+        std::vector<uint8_t> bytes(static_cast<size_t>(1 + 7 * 21 * size));
+        const uint32_t one = layout == Runtime::kF32 ? 0x3f800000u : layout == Runtime::kF16 ? 0x3c00u : 0x3f80u;
+        for (int i = 0; i < 7 * 21; ++i)
+            if (i % 3 == 0) std::memcpy(bytes.data() + 1 + i * size, &one, static_cast<size_t>(size));
+        const RowTable table(layout, Bytes(nullptr, bytes.data() + 1, bytes.size() - 1), 7, 21, 0.5f, false);
+        bool good = true;
+        for (int r = 0; r < 7; ++r) {
+            float row[21];
+            table.copy_row(r, row);
+            for (int k = 0; k < 21; ++k) good = good && row[k] == ((21 * r + k) % 3 ? 0.0f : 0.5f);
+        }
+        expect(good, name, "rows", 7, 21, 1);
+    }
+    bool refused = false;
+    try {
+        Runner runner(1, "scalar");
+        const std::vector<uint8_t> source(static_cast<size_t>(4 * (kMaxColumns + 1)), 0x55);
+        const Linear linear(stored(source_layout("hf_bitlinear"), source, 16, kMaxColumns + 1), 1.0f, "a8", nullptr,
+                            runner.pool, runner.arena, runner.kernels);
+    } catch (const std::invalid_argument&) {
+        refused = true;
+    }
+    expect(refused, "too many columns", "scalar", 16, kMaxColumns + 1, 1);
+}
+
 /// value: of all activations, or 1000 for random ones. code: of all weights, or -1 for random ones.
 std::vector<int32_t> integer_product(const char* layout, const char* isa, int rows, int columns, int tokens, int value,
                                      int code) {
     random_numbers.seed(static_cast<unsigned>(rows * 31 + columns * 7 + tokens));
     Runner runner(2, isa);
     const std::vector<uint8_t> source = random_source(source_layout(layout), rows, columns, code);
-    const Linear linear(layout, source.data(), rows, columns, 1.0f, "a8", nullptr, runner.pool, runner.kernels);
+    const Linear linear(stored(source_layout(layout), source, rows, columns), 1.0f, "a8", nullptr, runner.pool,
+                        runner.arena, runner.kernels);
     const ptrdiff_t stride = code_stride(columns), out_stride = round_up(rows, kTileRows);
     AlignedArray<int8_t> codes(static_cast<size_t>(tokens * stride));
     std::vector<int32_t> sums(static_cast<size_t>(tokens)), out(static_cast<size_t>(tokens * out_stride));
@@ -198,7 +234,8 @@ std::vector<float> float_product(const char* layout, const char* isa, int rows, 
         else
             std::memcpy(source.data() + 2 * i, &half, 2);
     }
-    const Linear linear(layout, source.data(), rows, columns, 1.0f, "", nullptr, runner.pool, runner.kernels);
+    const Linear linear(stored(source_layout(layout), source, rows, columns), 1.0f, "", nullptr, runner.pool,
+                        runner.arena, runner.kernels);
     Activations x(tokens, columns);
     for (int t = 0; t < tokens; ++t)
         for (int k = 0; k < columns; ++k) x.row(t)[k] = random_float();
@@ -322,6 +359,63 @@ void test_attention(const char* isa) {
     }
 }
 
+/// Two layers of ternary weights, sub-norms and a table of float rows that is also the head.
+std::unique_ptr<Decoder> small_decoder(int threads, const char* isa, const std::vector<uint8_t>& table) {
+    constexpr int kVocab = 100, kHidden = 48, kInner = 80;
+    random_numbers.seed(7);
+    auto runner = std::make_shared<Runner>(threads, isa);
+    auto linear = [&](int rows, int columns) {
+        const std::vector<uint8_t> source = random_source(source_layout("hf_bitlinear"), rows, columns, -1);
+        return std::make_shared<Linear>(stored(source_layout("hf_bitlinear"), source, rows, columns), 0.05f, "a8",
+                                        nullptr, runner->pool, runner->arena, runner->kernels);
+    };
+    const DecoderShape shape{kVocab, kHidden, kInner, {4, 2, 12}, 10000.0, 1e-5f, Gate::kRelu2, 400};
+    std::vector<Layer> layers;
+    for (int i = 0; i < 2; ++i)
+        layers.push_back({linear(48, kHidden), linear(24, kHidden), linear(24, kHidden), linear(kHidden, 48),
+                          linear(kInner, kHidden), linear(kInner, kHidden), linear(kHidden, kInner),
+                          Norm(kHidden, 1.0f), Norm(kHidden, 0.9f), Norm(48, 1.1f), Norm(kInner, 1.0f)});
+    const Stored rows = stored(source_layout("f32"), table, kVocab, kHidden);
+    auto head = std::make_shared<Linear>(rows, 1.0f, "", nullptr, runner->pool, runner->arena, runner->kernels);
+    auto embedding = std::make_shared<RowTable>(Runtime::kF32, rows.bytes, kVocab, kHidden, 1.0f, false);
+    return std::make_unique<Decoder>(runner, shape, embedding, std::move(layers), Norm(kHidden, 1.0f), head, 16);
+}
+
+/// Logits of a prompt and of some tokens behind it, one by one, in a sequence of its own.
+std::vector<float> run_decoder(Decoder& decoder) {
+    std::vector<int32_t> tokens;
+    for (int i = 0; i < 90; ++i) tokens.push_back((i * i + 3) % 100);
+    std::vector<float> logits(tokens.size() * 100);
+    const int first = decoder.create();
+    decoder.step({{first, tokens.data(), 60, Want::kAll, nullptr, logits.data()}});
+    const int sequence = decoder.fork(first);
+    decoder.free(first);
+    for (int t = 60; t < 90; ++t)
+        decoder.step({{sequence, tokens.data() + t, 1, Want::kLast, nullptr, logits.data() + 100 * t}});
+    decoder.free(sequence);
+    return logits;
+}
+
+/// However many threads a decoder has, and however many use it, the numbers are the same.
+void test_decoder(const char* isa) {
+    std::vector<uint8_t> table(4 * 100 * 48);
+    random_numbers.seed(3);
+    for (size_t i = 0; i < table.size(); i += 4) {
+        const float value = random_float();
+        std::memcpy(table.data() + i, &value, 4);
+    }
+    const std::vector<float> expected = run_decoder(*small_decoder(1, isa, table));
+    for (int threads : {2, 3}) {
+        const auto decoder = small_decoder(threads, isa, table), other = small_decoder(threads, isa, table);
+        std::vector<std::vector<float>> found(4);
+        std::vector<std::thread> users;
+        for (size_t i = 0; i < found.size(); ++i)
+            users.emplace_back([&, i] { found[i] = run_decoder(i % 2 ? *decoder : *other); });
+        for (std::thread& user : users) user.join();
+        for (const std::vector<float>& logits : found) expect(logits == expected, "decoder", isa, threads, 0, 90);
+    }
+}
+
 /// Barriers of a pool keep every thread's writes before every other thread's reads; pauses let the threads sleep.
 void test_pool() {
     for (int threads : {1, 2, 3, 8}) {
@@ -394,6 +488,7 @@ int main() {
     test_pool();
     test_chunks();
     test_repack();
+    test_rows();
     for (const std::string& isa : available_isas()) {
         test_integers(isa.c_str());
         test_tiles(isa.c_str());
@@ -403,6 +498,7 @@ int main() {
         test_exp(isa.c_str());
         test_attention(isa.c_str());
         test_machine(isa.c_str());
+        test_decoder(isa.c_str());
         std::printf("%s: done\n", isa.c_str());
     }
     std::printf("%d failures\n", failures);

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(VERBS)}"
             raise ValueError(f"there is no verb {verb!r}; {hint}")
         return VERBS[verb](arguments[1:]) or 0
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, MemoryError) as error:
         print(f"tritkit: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # whoever read our output has read enough

@@ -9,10 +9,16 @@ from numpy.typing import NDArray
 from tritkit import _native
 from tritkit.engine import Job, checked
 from tritkit.engine.weights import DecoderWeights, LayerWeights, LinearWeights, check
+from tritkit.memory import available_memory
 
 CHUNK = 256  # tokens in one native call: short enough that Ctrl-C is heard, long enough to be efficient
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 NORMS = ("input_norm", "post_attention_norm", "attn_sub_norm", "ffn_sub_norm")
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return _native.usable_cores()
 
 
 class NativeEngine:
@@ -21,29 +27,67 @@ class NativeEngine:
     kv_bits: width of the cached keys and values. 32: as computed; 16: float16; 8, 4, 3: codes with a float16 scale for
     each token and head, the first token of a sequence at 8. ValueError for any other.
 
-    The weights are copied into the layout that the kernels read; the arrays are not needed afterwards.
+    Codes are copied into the layout that the kernels read. Floats are read where they lie, the embedding always and
+    linears where their rows are whole vectors; so their arrays must stay as they are while the engine lives. The pages
+    of arrays that map a file are given back behind the copying.
+
+    ValueError where the weights do not fit together or there are fewer cores than `threads`, MemoryError where the
+    copies would not fit into memory, both before anything is copied. `close` frees memory and threads; so does the end
+    of a `with` block.
     """
 
     name = "native"
 
     def __init__(self, weights: DecoderWeights, threads: int = 0, isa: str | None = None, kv_bits: int = 16):
         check(weights)
+        cores = usable_cores()
+        if threads < 0:
+            raise ValueError(f"threads is {threads}, expected 0 (all usable cores) or more")
+        if threads > cores:
+            raise ValueError(f"threads is {threads}, but there are only {cores} usable cores")
         runner = _native.Runner(threads, isa or "")
+        _require_memory(runner, weights)
         self.vocab_size = weights.shape.vocab_size
         self.context_length = weights.shape.context_length
         self.isa: str = runner.isa
         self.threads: int = runner.threads
-        head = weights.head
-        self._decoder = _native.Decoder(
+        embedding, head = weights.embedding, weights.head
+        layers = [_layer(runner, f"layers[{i}]", layer) for i, layer in enumerate(weights.layers)]
+        built_head = _linear(runner, "head", embedding if head is None else head)
+        rows = _native.RowTable(
+            embedding.layout,
+            np.ascontiguousarray(embedding.data),
+            embedding.rows,
+            embedding.cols,
+            float(embedding.scale),
+            drop_pages=head is not None and _is_mapped(embedding.data),
+        )
+        self._open: _native.Decoder | None = _native.Decoder(
             runner,
             dataclasses.asdict(weights.shape),
-            _linear(runner, "embedding", weights.embedding),
-            [_layer(runner, f"layers[{i}]", layer) for i, layer in enumerate(weights.layers)],
+            rows,
+            layers,
             np.ascontiguousarray(weights.final_norm),
-            None if head is None else _linear(runner, "head", head),
+            built_head,
             kv_bits,
         )
         self.kv_bits: int = self._decoder.kv_bits
+
+    @property
+    def _decoder(self) -> _native.Decoder:
+        if self._open is None:
+            raise ValueError("the engine is closed")
+        return self._open
+
+    def close(self) -> None:
+        """Frees memory and threads. Once is enough, more does no harm; the engine cannot be used afterwards."""
+        self._open = None
+
+    def __enter__(self) -> "NativeEngine":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     @property
     def bytes_per_token(self) -> int:
@@ -72,12 +116,13 @@ class NativeEngine:
 
     def step(self, jobs: Sequence[Job]) -> list[NDArray[np.float32] | None]:
         """See `Engine.step`."""
+        decoder = self._decoder
         jobs = checked(jobs, self)
         lengths = {job.sequence: self.length(job.sequence) for job in jobs}
         results: list[list[NDArray[np.float32]]] = [[] for _ in jobs]
         try:
             for batch in _batches(jobs):
-                outputs = self._decoder.step([_fields(piece) for _, piece in batch])
+                outputs = decoder.step([_fields(piece) for _, piece in batch])
                 for (i, _), output in zip(batch, outputs, strict=True):
                     if output is not None:
                         results[i].append(output)
@@ -100,9 +145,32 @@ def _linear(runner: _native.Runner, name: str, w: LinearWeights) -> _native.Line
     data = np.ascontiguousarray(w.data)
     bias = None if w.bias is None else np.ascontiguousarray(w.bias)
     try:
-        return _native.Linear(runner, w.layout, data, w.rows, w.cols, float(w.scale), w.activations, bias)
+        return _native.Linear(
+            runner, w.layout, data, w.rows, w.cols, float(w.scale), w.activations, bias, mapped=_is_mapped(w.data)
+        )
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+
+
+def _is_mapped(data: NDArray | None) -> bool:
+    """Whether the array is a part of a file that is mapped for reading, whose pages can come from there again."""
+    while isinstance(data, np.ndarray):
+        if isinstance(data, np.memmap) and data.mode == "r":
+            return True
+        data = data.base
+    return False
+
+
+def _require_memory(runner: _native.Runner, weights: DecoderWeights) -> None:
+    """MemoryError where the copies of the weights are larger than the memory that there is."""
+    linears = [getattr(layer, name) for layer in weights.layers for name in LINEARS]
+    linears.append(weights.embedding if weights.head is None else weights.head)
+    needed = sum(_native.runtime_bytes(runner, w.layout, w.data, w.rows, w.cols) for w in linears)
+    available = available_memory()
+    if available is not None and needed > available:
+        raise MemoryError(
+            f"the weights need {needed / 2**20:.0f} MiB of memory, but only {available / 2**20:.0f} MiB are available"
+        )
 
 
 def _fields(job: Job) -> tuple:

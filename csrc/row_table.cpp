@@ -1,0 +1,46 @@
+#include "row_table.h"
+
+#include <stdexcept>
+
+#include "floats.h"
+
+namespace tritkit {
+namespace {
+
+constexpr size_t kLargestTouched = size_t{16} << 20;
+constexpr size_t kFaultAround = size_t{64} << 10;  // Linux maps so much around a byte that is read
+
+}  // namespace
+
+RowTable::RowTable(Runtime layout, Bytes data, int rows, int columns, float scale, bool drop_pages)
+    : layout_(layout),
+      data_(std::move(data)),
+      rows_(rows),
+      columns_(columns),
+      scale_(scale),
+      drop_pages_(drop_pages),
+      row_bytes_(static_cast<size_t>(columns) * static_cast<size_t>(float_bytes(layout))) {
+    if (data_.size() != row_bytes_ * static_cast<size_t>(rows))
+        throw std::invalid_argument("the rows have " + std::to_string(data_.size()) + " bytes, expected " +
+                                    std::to_string(row_bytes_ * static_cast<size_t>(rows)));
+}
+
+void RowTable::copy_row(int r, float* out) const {
+    const uint8_t* from = data_.data() + static_cast<size_t>(r) * row_bytes_;
+    for (int k = 0; k < columns_; ++k) {
+        float value;
+        if (layout_ == Runtime::kF32) {
+            std::memcpy(&value, from + 4 * static_cast<size_t>(k), 4);
+        } else {
+            uint16_t bits;
+            std::memcpy(&bits, from + 2 * static_cast<size_t>(k), 2);
+            value = layout_ == Runtime::kF16 ? float_from_f16(bits) : float_from_bf16(bits);
+        }
+        out[k] = value * scale_;
+    }
+    if (!drop_pages_ || touched_.fetch_add(row_bytes_ + kFaultAround) < kLargestTouched) return;
+    touched_ = 0;
+    drop_file_pages(data_.data(), data_.size());
+}
+
+}  // namespace tritkit
