@@ -259,6 +259,8 @@ void attend_codes(const RangeWork& w) {
     const float first_key_scale = w.first ? float_from_f16(scales_of_first[0]) : 0.0f;
     const float first_scale = w.first ? float_from_f16(scales_of_first[1]) : 0.0f;
     int32_t* integers = reinterpret_cast<int32_t*>(w.scores);
+    for (int page = 0; page * kPagePositions < seen_by(w, w.rows - 1); ++page)
+        for (ptrdiff_t line = l.key_scales; line < l.bytes; line += 64) __builtin_prefetch(w.pages[page] + line);
     multiply_keys<V, Kind>(w, w.codes, integers);
     for (int r = 0; r < w.rows; ++r) {
         const int seen = seen_by(w, r);

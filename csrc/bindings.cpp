@@ -304,6 +304,33 @@ nb::object apply(Runner& runner, const Linear& linear, const Array& x) {
     return array;
 }
 
+/// Attention of one layer over a new sequence; q, k, v: float32 [tokens, heads, head_dim].
+nb::object attention(const Array& q, const Array& k, const Array& v, double rope_theta, int kv_bits, int threads,
+                     const std::string& isa) {
+    const float* queries = checked<float>(q, "q", 3);
+    const int64_t tokens = static_cast<int64_t>(q.shape(0)), head_dim = static_cast<int64_t>(q.shape(2));
+    const int64_t kv_heads = k.ndim() == 3 ? static_cast<int64_t>(k.shape(1)) : 0;
+    const float* keys = checked<float>(k, "k", {tokens, kv_heads, head_dim});
+    const float* values = checked<float>(v, "v", {tokens, kv_heads, head_dim});
+    const HeadShape shape{static_cast<int>(q.shape(1)), static_cast<int>(kv_heads), static_cast<int>(head_dim)};
+    Runner runner(threads, isa);
+    KvPages pages(1, shape.kv_heads, shape.head_dim, kv_bits);
+    Attention attention(shape, rope_theta, pages, runner.kernels, runner.pool.size());
+    const int sequence = pages.create();
+    pages.reserve(sequence, static_cast<int>(tokens));
+    std::vector<Token> step;
+    for (int t = 0; t < tokens; ++t) step.push_back({0, &pages.at(sequence), t});
+    attention.prepare(step, 1);
+    float* out = nullptr;
+    nb::object array = new_array(out, {q.shape(0), q.shape(1), q.shape(2)});
+    runner.pool.run([&](Team& team) {
+        attention.store(team, 0, queries, keys, values);
+        team.barrier();
+        attention.attend(team, 0, out, shape.heads * shape.head_dim);
+    });
+    return array;
+}
+
 /// Codes and scales of float32 [tokens, columns].
 std::pair<nb::object, nb::object> quantize(const Array& x, const std::string& format, const std::string& isa) {
     const float* from = checked<float>(x, "x", 2);
@@ -337,6 +364,9 @@ NB_MODULE(_native, m) {
           "Exact int32 [tokens, rows] product of packed weights and int8 x [tokens, cols].");
     m.def("quantize", &quantize, "x"_a, "activations"_a, "isa"_a = "", "int8 codes and float32 scales of each row.");
     m.def("apply", &apply, "runner"_a, "linear"_a, "x"_a, "linear(x) for float32 x [tokens, columns].");
+
+    m.def("attention", &attention, "q"_a, "k"_a, "v"_a, "rope_theta"_a, "kv_bits"_a, "threads"_a = 0, "isa"_a = "",
+          "Causal attention of one layer with rotary embedding; float32 [tokens, heads, head_dim].");
 
     nb::class_<Runner>(m, "Runner", "Threads and kernels.")
         .def(nb::init<int, const std::string&>(), "threads"_a = 0, "isa"_a = "")

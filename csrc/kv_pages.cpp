@@ -62,6 +62,16 @@ void put_floats(const KvLayout& l, T* keys, int row, const T* from) {
     for (int d = 0; d < l.head_dim; ++d) keys[d * kLanes + row] = from[d];
 }
 
+constexpr size_t kSlabBytes = size_t{64} << 20;  // at most; else as much as there is already
+
+/// Pages side by side in one piece of memory, not zeroed; the first comes last.
+std::vector<std::shared_ptr<Page>> slab_of(size_t count, size_t bytes) {
+    auto slab = std::make_shared<AlignedArray<uint8_t>>(count * bytes, false);
+    std::vector<std::shared_ptr<Page>> pages;
+    for (size_t i = count; i-- > 0;) pages.push_back(std::make_shared<Page>(Page{slab, slab->data() + i * bytes}));
+    return pages;
+}
+
 void put_scale(uint8_t* scales, int position, uint16_t scale) {
     std::memcpy(scales + position * sizeof scale, &scale, sizeof scale);
 }
@@ -138,7 +148,7 @@ int KvPages::fork(int sequence) {
     copy.pages.resize(static_cast<size_t>((copy.length + kPagePositions - 1) / kPagePositions));
     if (filled) {
         std::shared_ptr<Page> last = new_page();
-        std::memcpy(last->data(), copy.pages.back()->data(), last->bytes());
+        std::memcpy(last->data, copy.pages.back()->data, page_bytes());
         copy.pages.back() = std::move(last);
     }
     sequences_.emplace(next_, std::move(copy));
@@ -171,13 +181,13 @@ Sequence& KvPages::find(int sequence) { return const_cast<Sequence&>(at(sequence
 void KvPages::reserve(int sequence, int count) {
     Sequence& s = find(sequence);
     if (layout_.first_bytes && s.length == 0 && count > 0 && (!s.first || s.first.use_count() > 1))
-        s.first = std::make_shared<Page>(static_cast<size_t>(head_of(layers_, 0) * layout_.first_bytes));
+        s.first = slab_of(1, static_cast<size_t>(head_of(layers_, 0) * layout_.first_bytes)).front();
     const size_t needed = static_cast<size_t>((s.length + count + kPagePositions - 1) / kPagePositions);
     // After truncate() the last page may be partly filled and still shared with a fork.
     const size_t partial = s.length % kPagePositions ? static_cast<size_t>(s.length / kPagePositions) : s.pages.size();
     if (count > 0 && partial < s.pages.size() && s.pages[partial].use_count() > 1) {
         std::shared_ptr<Page> own = new_page();
-        std::memcpy(own->data(), s.pages[partial]->data(), own->bytes());
+        std::memcpy(own->data, s.pages[partial]->data, page_bytes());
         s.pages[partial] = std::move(own);
     }
     while (s.pages.size() < needed) s.pages.push_back(new_page());
@@ -186,9 +196,14 @@ void KvPages::reserve(int sequence, int count) {
 void KvPages::advance(int sequence, int count) { find(sequence).length += count; }
 
 std::shared_ptr<Page> KvPages::new_page() {
-    if (spare_.empty()) return std::make_shared<Page>(page_bytes());
+    if (spare_.empty()) {
+        const size_t count = std::max<size_t>(1, std::min(made_, kSlabBytes / std::max<size_t>(page_bytes(), 1)));
+        spare_ = slab_of(count, page_bytes());
+        made_ += count;
+    }
     std::shared_ptr<Page> page = std::move(spare_.back());
     spare_.pop_back();
+    std::memset(page->data, 0, page_bytes());  // what is not written yet is read too, and weighs nothing
     return page;
 }
 

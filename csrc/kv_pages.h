@@ -15,7 +15,11 @@ namespace tritkit {
 KvLayout kv_layout(int bits, int head_dim);
 
 /// One page holds all layers: [layer][kv_head][block]. A page of the first position alone, at 8 bits, likewise.
-using Page = AlignedArray<uint8_t>;
+/// Pages are cut from larger slabs, so that huge pages of memory can hold them.
+struct Page {
+    std::shared_ptr<AlignedArray<uint8_t>> slab;
+    uint8_t* data;
+};
 
 struct Sequence {
     std::vector<std::shared_ptr<Page>> pages;
@@ -43,11 +47,11 @@ class KvPages {
     double bytes_per_position() const { return static_cast<double>(page_bytes()) / kPagePositions; }
 
     uint8_t* block(const Sequence& s, int page, int layer, int kv_head) const {
-        return s.pages[static_cast<size_t>(page)]->data() + head_of(layer, kv_head) * layout_.bytes;
+        return s.pages[static_cast<size_t>(page)]->data + head_of(layer, kv_head) * layout_.bytes;
     }
     /// Null where the pages have the first position at no fewer bits.
     uint8_t* first(const Sequence& s, int layer, int kv_head) const {
-        return s.first ? s.first->data() + head_of(layer, kv_head) * layout_.first_bytes : nullptr;
+        return s.first ? s.first->data + head_of(layer, kv_head) * layout_.first_bytes : nullptr;
     }
 
  private:
@@ -62,6 +66,7 @@ class KvPages {
     std::map<int, Sequence> sequences_;
     int next_ = 0;
     std::vector<std::shared_ptr<Page>> spare_;
+    size_t made_ = 0;  // pages
 };
 
 /// Puts the key and the value of one position and head into a block. codes: what `encode` made of them, as long as
