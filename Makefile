@@ -7,10 +7,14 @@ INSTALLED := $(VENV)/installed-in-seconds
 PEERS := $(VENV)/peers-in-seconds
 SOURCES := pyproject.toml constraints-cpu.txt CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h)
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h)
+# The kernel tests for 64-bit ARM: a cross compiler and an emulator (Debian: g++-aarch64-linux-gnu, qemu-user). On such
+# a machine itself: make neon NEON_CXX=g++ NEON_RUN=
+NEON_CXX ?= aarch64-linux-gnu-g++ -static
+NEON_RUN ?= qemu-aarch64 -cpu max
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off -c constraints-cpu.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test interop slow gpu sanitize lint format clean
+.PHONY: help venv demo test interop slow gpu sanitize neon lint format clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -61,6 +65,12 @@ sanitize: $(INSTALLED) ## the kernel tests under the address, undefined-behaviou
 	        -DTRITKIT_SANITIZE=$$kind --log-level=ERROR > /dev/null && \
 	    $(BIN)/cmake --build $$folder --parallel 2 > /dev/null && $$folder/test_kernels || exit 1; \
 	done
+# One compilation without cmake, so that nothing has to be installed into .venv for it.
+neon: ## the kernel tests for 64-bit ARM, cross-compiled and emulated
+	@mkdir -p build
+	$(NEON_CXX) -std=c++17 -O2 -ffp-contract=off -Wall -Wextra -pthread \
+	    $(filter-out csrc/bindings.cpp,$(wildcard csrc/*.cpp)) -o build/test_kernels_neon
+	$(NEON_RUN) build/test_kernels_neon
 
 lint: $(INSTALLED) ## ruff, mypy, clang-format; changes nothing
 	$(BIN)/ruff check

@@ -43,7 +43,9 @@ struct V : Vectors256 {
 
     TRITKIT_INLINE __m256i narrow_zero() { return _mm256_setzero_si256(); }
     TRITKIT_INLINE __m256i dot_narrow(__m256i sum, __m256i codes, __m256i x) {
-        return _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, x));
+        __m256i products;
+        asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(sum), "=&x"(products) : "x"(codes), "x"(x));
+        return sum;
     }
     TRITKIT_INLINE __m256i widen(__m256i sum, __m256i narrow) {
         return _mm256_add_epi32(sum, _mm256_madd_epi16(narrow, _mm256_set1_epi16(1)));
