@@ -15,7 +15,7 @@ from ..checkpoint import open_folder
 from ..models.config import ModelConfig
 from . import peer
 from .child import Child
-from .machine import Limits, Machine, best_of
+from .machine import Limits, Machine
 from .shapes import SHAPES, random_folder, shape_named
 from .speed import TESTS, Ours, Work, report, take_turns
 
@@ -122,26 +122,18 @@ def measure(
     against: str | None = None,
     asked: dict[str, Any] | None = None,
 ) -> tuple[list[dict[str, Any]], Machine]:
-    """A row for each contestant, ours first, measured in turns between two looks at what the machine can do."""
-    asked, reads, peaks = asked or {}, [], []
-
-    def look_at_the_machine(threads: int) -> None:
-        with Child("the machine's limits", Limits, threads) as limits:
-            reads.append(limits.call("read"))
-            peaks.append(limits.call("peak"))
-
+    """A row for each contestant, ours first. They take turns with each other and with looks at the machine's limits."""
+    asked = asked or {}
     with ExitStack() as stack:
         enter = stack.enter_context
         children = [enter(Child(f"the {engine} engine", Ours, folder, work, threads, engine, asked))]
         threads = children[0].call("told")["threads"]
         if against:
             children += [enter(Child(*other)) for other in _others(stack, name, folder, config, work, threads, asked)]
-        look_at_the_machine(threads)
-        found = take_turns(children, work, repeat, min(max(peaks, key=sum)))
-        look_at_the_machine(threads)
-        machine = best_of(reads, peaks)
+        limits = enter(Child("the machine's limits", Limits, threads))
+        found, machine = take_turns(children, limits, work, repeat)
         rows = [
-            report(child.call("told"), samples, machine, config, work, child.call("peak_mib"))
+            report(child.call("told"), samples, repeat, machine, config, work, child.call("peak_mib"))
             | {"shape": name, **asdict(work)}
             for child, samples in zip(children, found, strict=True)
         ]

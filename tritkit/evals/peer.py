@@ -201,7 +201,7 @@ class LlamaCpp(Contestant):
         self.facts = {
             "engine": "llama.cpp",
             "threads": threads,
-            "isa": "its own",
+            "isa": None,
             "kv_bits": 16,
             **facts,
             "ready_s": time.perf_counter() - began,

@@ -21,7 +21,7 @@ from ..memory import peak_memory_mib
 from ..models.config import ModelConfig
 from ..progress import progress
 from .child import Child
-from .machine import Machine, Sample, Stopwatch
+from .machine import Machine, Sample, Stopwatch, machine_of
 
 TESTS = ("prefill", "decode")
 
@@ -171,45 +171,61 @@ class Samples:
     def quiet(self, peak_of_a_thread: float) -> list[Sample]:
         return [s for s in self.all if s.is_quiet(peak_of_a_thread)]
 
-    def summary(self, machine: Machine) -> dict[str, Any]:
-        """Mean and standard deviation of the quiet samples (of all, where none was quiet)."""
-        quiet = self.quiet(machine.int8_gops / machine.threads)
-        used = quiet or self.all
-        rates = [self.tokens / s.seconds for s in used]
-        joules = [s.joules / self.tokens for s in used if s.joules is not None]
+    def counted(self, repeat: int, peak_of_a_thread: float) -> list[Sample]:
+        """The ``repeat`` least disturbed ones, whatever their speed; the first ones where all were quiet."""
+        return sorted(self.all, key=lambda s: (not s.is_quiet(peak_of_a_thread), s.noise(peak_of_a_thread)))[:repeat]
+
+    def summary(self, repeat: int, machine: Machine) -> dict[str, Any]:
+        """Mean and standard deviation of those that count."""
+        counted = self.counted(repeat, machine.peak_of_a_thread)
+        rates = [self.tokens / s.seconds for s in counted]
+        joules = [s.joules / self.tokens for s in counted if s.joules is not None]
+        quiet = len(self.quiet(machine.peak_of_a_thread))
         return {
             f"{self.test}_tok_s": statistics.fmean(rates),
             f"{self.test}_sd": statistics.stdev(rates) if len(rates) > 1 else 0.0,
-            f"{self.test}_samples": len(used),
-            f"{self.test}_slow_samples": len(self.all) - len(quiet),
+            f"{self.test}_samples": len(rates),
+            f"{self.test}_slow_samples": len(self.all) - quiet,
+            f"{self.test}_slow_counted": max(len(rates) - quiet, 0),
             f"{self.test}_joules": statistics.fmean(joules) if joules else None,
         }
 
 
-def take_turns(children: Sequence[Child], work: Work, repeat: int, peak_of_a_thread: float) -> list[list[Samples]]:
-    """For each child its samples of every test: one that does not count, then ``repeat``, each child in turn.
+def take_turns(
+    children: Sequence[Child], limits: Child, work: Work, repeat: int
+) -> tuple[list[list[Samples]], Machine]:
+    """For each child its samples of every test: one that does not count, then ``repeat``, each child in turn, and the
+    machine's limits in turn with them.
 
-    Where the machine was slow in a sample it is taken again, at most ``repeat`` times more in all.
+    Where the machine was busy in a sample another one is taken, at most ``repeat`` times more in all.
     """
     tokens = {"prefill": work.prompt, "decode": work.tokens * work.batch}
     found = [[Samples(test, tokens[test]) for test in TESTS] for _ in children]
+    looks = [limits.call("look")]
     total = (repeat + 1) * sum(tokens.values()) * len(children)
     with progress("bench", total, "tokens") as advance:
         for round in range(2 * repeat + 1):
-            for child, tests in zip(children, found, strict=True):
-                for samples in tests:
-                    if round > repeat and len(samples.quiet(peak_of_a_thread)) >= repeat:
-                        continue
-                    sample = child.call("sample", samples.test)
-                    if round > 0:
-                        samples.all.append(sample)
-                    advance(samples.tokens, note="" if sample.is_quiet(peak_of_a_thread) else "(busy machine)")
-    return found
+            peak = machine_of(looks).peak_of_a_thread
+            wanting = [
+                (child, samples)
+                for child, tests in zip(children, found, strict=True)
+                for samples in tests
+                if round <= repeat or len(samples.quiet(peak)) < repeat
+            ]
+            for child, samples in wanting:
+                sample = child.call("sample", samples.test)
+                if round > 0:
+                    samples.all.append(sample)
+                advance(samples.tokens, note="" if sample.is_quiet(peak) else "(busy machine)")
+            if wanting:
+                looks.append(limits.call("look"))
+    return found, machine_of(looks)
 
 
 def report(
     facts: dict[str, Any],
     samples: Sequence[Samples],
+    repeat: int,
     machine: Machine,
     config: ModelConfig,
     work: Work,
@@ -218,7 +234,7 @@ def report(
     """One engine's row: rates, what they are of the machine's limits, and the facts."""
     measured: dict[str, Any] = {}
     for test in samples:
-        measured |= test.summary(machine)
+        measured |= test.summary(repeat, machine)
     facts = dict(facts)
     weights, kv_bits = facts.pop("weight_bytes", None), facts.pop("kv_bits", None)
     a_token = None
@@ -237,6 +253,7 @@ def report(
         "peak_rss_mib": peak_mib,
         **facts,
         "kv_bits": kv_bits,
+        "stream_best_gb_s": machine.stream_best,
         **measured,
     }
 
