@@ -21,8 +21,8 @@ from .speed import TESTS, Ours, Work, report, take_turns
 
 LLAMA_BENCH = Work()  # pp512, tg128
 
-# What the native engine may be asked for, each an argument of NativeEngine and an option here.
-ENGINE_OPTIONS: dict[str, dict[str, Any]] = {}
+# What the native engine may be asked for: options here, arguments of NativeEngine there.
+ENGINE_OPTIONS = ("kv_bits",)
 
 # The keys that the JSON line always has, in this order; more follow.
 KEYS = (
@@ -39,8 +39,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, default=0, help="decode behind so many tokens (default 0)")
     parser.add_argument("--batch", type=int, default=1, help="sequences that decode together (default 1)")
     parser.add_argument("--repeat", type=int, default=5, help="samples that count (default 5)")
-    for name, arguments in ENGINE_OPTIONS.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, **arguments)
     parser.add_argument("--peer", choices=peer.PEERS, help="run the same shape there too, turn by turn")
     parser.add_argument("--json", action="store_true", help="only the line of JSON")
     parser.add_argument("--no-record", action="store_true", help="do not add the numbers to results.json")
@@ -175,4 +173,5 @@ def _metrics(engine: str, row: dict[str, Any]) -> dict[str, Any]:
         f"{engine}_decode_rate": row["decode_tok_s"],
         f"{engine}_decode_rate_sd": row["decode_sd"],
         f"{engine}_peak_mib": row["peak_rss_mib"],
+        f"{engine}_kv_bits": row["kv_bits"],
     }

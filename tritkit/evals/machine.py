@@ -28,7 +28,7 @@ class Limits:
 
     def __init__(self, threads: int, isa: str | None = None):
         self._runner = _native.Runner(threads, isa or "")
-        self._reader = _native.MemoryReader(self._runner, BUFFER)
+        self.reader = _native.MemoryReader(self._runner, BUFFER)
 
     def look(self) -> Look:
         """Some passes over the buffer in every way, and between them runs of the peak loop."""
@@ -37,7 +37,7 @@ class Limits:
         peaks = [self._peak()]
         for _ in range(PASSES):
             for (streams, ahead), rates in reads.items():
-                rates.append(self._reader.read(streams, ahead))
+                rates.append(self.reader.read(streams, ahead))
             peaks.append(self._peak())
         waited = (_waited() - waited) / (time.perf_counter() - began) / self._runner.threads
         return Look(reads, max(peaks, key=sum), min(min(peak) for peak in peaks), waited)
@@ -66,7 +66,7 @@ class Machine:
     """What several looks, taken between the samples, have seen.
 
     Other tenants of a host take memory bandwidth that no probe of the cores shows, for minutes or for a moment. So
-    ``stream_gb_s`` is the mean over the quiet looks, as a speed is over its samples; ``stream_best`` is the fastest pass.
+    ``stream_gb_s`` is the mean over the quiet looks, as a speed is over its samples; ``stream_best``, the fastest pass.
     """
 
     stream_gb_s: float

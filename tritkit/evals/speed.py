@@ -45,6 +45,10 @@ class Work:
         """The longest that a sequence gets."""
         return max(self.prompt, self.context + self.tokens)
 
+    def mean_positions(self) -> float:
+        """Positions that a decoded token attends to, on average."""
+        return self.context + (self.tokens + 1) / 2
+
     def require_room(self, context_length: int) -> None:
         if self.positions() > context_length:
             what = f"a prompt of {self.prompt}"
@@ -110,20 +114,21 @@ class Ours(Contestant):
                 "isa": native.isa,
                 "layout": layouts[opened.config.weights],
                 "head": opened.tensors[_head(opened.config)].dtype.lower(),
-                "weight_bytes": native.bytes_per_token,
                 "kv_bits": native.kv_bits,
+                "weight_bytes": native.bytes_per_token,
+                "kv_bytes": native.kv_bytes_per_position,
             }
             self.engine = native
         else:
             if options:
-                raise ValueError(f"only the native engine has --{next(iter(options)).replace('_', '-')}")
+                raise ValueError(f"the torch engine has no --{next(iter(options)).replace('_', '-')}")
             from ..engine.torch import TorchEngine
 
             self.engine = TorchEngine.open(opened, threads=threads)
             import torch
 
             self.facts = {"engine": "torch", "threads": torch.get_num_threads(), "isa": "torch"}
-            self.facts |= {"layout": "floats", "head": "f32"}
+            self.facts |= {"layout": "floats", "head": "f32", "kv_bits": self.engine.kv_bits}
         super().__init__(work, self.facts["threads"])
         self._chance = np.random.default_rng(0)
         self._sequences: list[int] = []
@@ -231,28 +236,25 @@ def report(
     work: Work,
     peak_mib: float,
 ) -> dict[str, Any]:
-    """One engine's row: rates, what they are of the machine's limits, and the facts."""
+    """One engine's row: rates, what they are of the machine's limits, and the facts. Of these, weight_bytes are read
+    once for all sequences that decode together, kv_bytes by each for every position behind it."""
     measured: dict[str, Any] = {}
     for test in samples:
         measured |= test.summary(repeat, machine)
     facts = dict(facts)
-    weights, kv_bits = facts.pop("weight_bytes", None), facts.pop("kv_bits", None)
-    a_token = None
-    if weights is not None:
-        a_token = weights / work.batch + (kv_bytes(config, kv_bits, work) if kv_bits else 0)
-        read = a_token * 1e-9 * measured["decode_tok_s"]
-    multiplied = 2e-9 * linear_weights(config) * measured["prefill_tok_s"]
+    weights, kv = facts.pop("weight_bytes", None), facts.pop("kv_bytes", None)
+    a_token = None if weights is None else weights / work.batch + kv * work.mean_positions()
+    decode, prefill = measured.pop("decode_tok_s"), measured.pop("prefill_tok_s")
     return {
-        "decode_tok_s": measured.pop("decode_tok_s"),
-        "prefill_tok_s": measured.pop("prefill_tok_s"),
+        "decode_tok_s": decode,
+        "prefill_tok_s": prefill,
         "bytes_per_token": a_token,
         "stream_gb_s": machine.stream_gb_s,
-        "roofline_share": None if a_token is None else read / machine.stream_gb_s,
+        "roofline_share": None if a_token is None else 1e-9 * a_token * decode / machine.stream_gb_s,
         "int8_gops": machine.int8_gops,
-        "prefill_share": multiplied / machine.int8_gops if config.activations else None,
+        "prefill_share": 2e-9 * linear_weights(config) * prefill / machine.int8_gops if config.activations else None,
         "peak_rss_mib": peak_mib,
         **facts,
-        "kv_bits": kv_bits,
         "stream_best_gb_s": machine.stream_best,
         **measured,
     }
@@ -262,9 +264,3 @@ def linear_weights(config: ModelConfig) -> int:
     """Weights of the linears of the layers: a token of a prefill is multiplied with each once."""
     shapes = (linear_shape(config, name) for name in linear_names(config))
     return sum(rows * columns for rows, columns in shapes)
-
-
-def kv_bytes(config: ModelConfig, bits: int, work: Work) -> float:
-    """Bytes of keys and values that a decoded token reads on average, without their scales."""
-    positions = work.context + (work.tokens + 1) / 2
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * positions * bits / 8
