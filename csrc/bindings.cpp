@@ -379,6 +379,14 @@ NB_MODULE(_native, m) {
         .def(nb::init<std::shared_ptr<Runner>, size_t>(), "runner"_a, "bytes"_a, Release())
         .def("read", &MemoryReader::pass, "streams"_a, "ahead"_a, Release(), "GB/s of one pass over the buffer.");
 
+    m.def(
+        "product_seconds",
+        [](Runner& runner, const std::vector<std::shared_ptr<Linear>>& linears, int tokens, int passes) {
+            return product_seconds(runner, {linears.begin(), linears.end()}, tokens, passes);
+        },
+        "runner"_a, "linears"_a, "tokens"_a, "passes"_a, Release(),
+        "Seconds of one product, for each pass over linears of one shape.");
+
     nb::class_<Linear>(m, "Linear", "One matrix in its run-time layout.")
         .def(nb::new_(&new_linear), "runner"_a, "layout"_a, "data"_a, "rows"_a, "cols"_a, "scale"_a,
              "activations"_a.none(), "bias"_a.none(), "mapped"_a = false)

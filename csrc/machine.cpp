@@ -13,6 +13,7 @@ double seconds_since(Clock::time_point begin) { return std::chrono::duration<dou
 
 constexpr int64_t kRounds = 2000;  // of the peak loop between two looks at the clock: some 10 us
 constexpr int kMostStreams = 8;
+constexpr int kChunkRows = 64;  // of a product, dealt out as the decoder does
 
 /// Bytes of each of `threads` parts: eight streams of an odd number of cache lines, so that they do not all fall into
 /// the same set of a cache.
@@ -60,6 +61,40 @@ double MemoryReader::pass(int streams, int ahead) {
     // From the first beginning: a thread that was held up at the start would make the others look fast.
     const double taken = seconds_since(*std::min_element(begins.begin(), begins.end()));
     return static_cast<double>(bytes_.bytes()) / std::max(taken, 1e-9) * 1e-9;
+}
+
+std::vector<double> product_seconds(Runner& runner, const std::vector<LinearPtr>& linears, int tokens, int passes) {
+    if (linears.empty() || tokens < 1) throw std::invalid_argument("there is nothing to multiply");
+    const Linear& first = *linears[0];
+    for (const LinearPtr& linear : linears)
+        if (linear->rows() != first.rows() || linear->columns() != first.columns())
+            throw std::invalid_argument("the linears have several shapes");
+    Activations x(tokens, first.columns());
+    for (const LinearPtr& linear : linears) x.reserve(linear->activations());
+    for (int t = 0; t < tokens; ++t) {
+        for (int k = 0; k < first.columns(); ++k) x.row(t)[k] = static_cast<float>((t + k) % 17 - 8);
+        x.quantize(t, runner.kernels);
+    }
+    std::vector<Linear::Scratch> scratch(static_cast<size_t>(runner.pool.size()));
+    for (Linear::Scratch& s : scratch)
+        for (const LinearPtr& linear : linears) linear->reserve(tokens, runner.pool.size(), s);
+    AlignedArray<float> out(static_cast<size_t>(tokens) * first.rows());
+    std::vector<double> seconds;
+    for (int pass = 0; pass < passes; ++pass) {
+        Clock::time_point begin;
+        runner.pool.run([&](Team& team) {
+            if (team.rank == 0) begin = Clock::now();
+            for (const LinearPtr& linear : linears) {
+                Chunks chunks(team, linear->rows(), kChunkRows);
+                for (Range rows = chunks.next(); !rows.empty(); rows = chunks.next())
+                    linear->apply(rows, x, tokens, out.data(), first.rows(), Linear::Write::kStore,
+                                  scratch[static_cast<size_t>(team.rank)]);
+                team.barrier();
+            }
+        });
+        seconds.push_back(seconds_since(begin) / static_cast<double>(linears.size()));
+    }
+    return seconds;
 }
 
 }  // namespace tritkit

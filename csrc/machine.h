@@ -29,4 +29,8 @@ class MemoryReader {
     std::vector<uint64_t> sums_;  // keeps the reading from being optimised away
 };
 
+/// Seconds of one product in each of some passes over `linears`, which have one shape, with the same tokens. Together
+/// larger than the caches, they come from memory, as the layers of a model do.
+std::vector<double> product_seconds(Runner& runner, const std::vector<LinearPtr>& linears, int tokens, int passes);
+
 }  // namespace tritkit

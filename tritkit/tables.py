@@ -89,9 +89,10 @@ def print_metrics(title: str, metrics: dict[str, Any]) -> None:
 
 def print_bench(title: str, rows: list[dict[str, Any]], machine: Machine) -> None:
     """One line an engine, and below them what the machine can do."""
+    tests = ("decode", "prefill")
     table = Table(title=title, title_justify="left")
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
-        "engine": lambda r: f"{r['engine']}, {r['isa']}",
+        "engine": lambda r: r["engine"] + (f", {r['isa']}" if r["isa"] else ""),
         "weights, head": lambda r: f"{r['layout']}, {r['head']}",
         "decode tok/s": lambda r: f"{r['decode_tok_s']:.2f} ± {r['decode_sd']:.2f}",
         "MB a token": lambda r: _or_dash(r["bytes_per_token"], lambda v: f"{v / 1e6:.1f}"),
@@ -110,9 +111,9 @@ def print_bench(title: str, rows: list[dict[str, Any]], machine: Machine) -> Non
     screen.print(table)
     screen.print(
         f"pp{rows[0]['prompt']}, tg{rows[0]['tokens']} x {rows[0]['batch']} behind {rows[0]['context']} tokens, "
-        f"{machine.threads} threads. The machine reads {machine.stream_gb_s:.1f} GB/s at best (median "
-        f"{machine.stream_median:.1f} with {machine.streams} streams a thread, prefetched {machine.ahead} bytes ahead) "
-        f"and multiplies {machine.int8_gops:.0f} Gop/s in int8."
+        f"{machine.threads} threads. The machine reads {machine.stream_gb_s:.1f} GB/s ({machine.streams} streams a "
+        f"thread, prefetched {machine.ahead} bytes ahead; {machine.stream_best:.1f} in its best moment) and "
+        f"multiplies {machine.int8_gops:.0f} Gop/s in int8."
         + (" Energy: not measured, no counter can be read." if rows[0]["decode_joules"] is None else ""),
         soft_wrap=True,
         highlight=False,
@@ -120,17 +121,17 @@ def print_bench(title: str, rows: list[dict[str, Any]], machine: Machine) -> Non
     if len(rows) > 1:
         *ours, theirs = rows
         for row in ours:
-            decode, prefill = (row[f"{test}_tok_s"] / theirs[f"{test}_tok_s"] for test in ("decode", "prefill"))
+            decode, prefill = (row[f"{test}_tok_s"] / theirs[f"{test}_tok_s"] for test in tests)
             screen.print(
                 f"With the {row['head']} head {row['engine']} is {decode:.2f} times as fast as {theirs['engine']} "
                 f"({theirs['layout']}, {theirs['head']}) in decode, {prefill:.2f} times in prefill.",
                 soft_wrap=True,
                 highlight=False,
             )
-    slow = sum(row["prefill_slow_samples"] + row["decode_slow_samples"] for row in rows)
+    slow, counted = (sum(r[f"{t}_{n}"] for r in rows for t in tests) for n in ("slow_samples", "slow_counted"))
     if slow:
-        counted = sum(row["prefill_samples"] + row["decode_samples"] for row in rows)
-        screen.print(f"The machine was busy in {slow} samples, beside {counted} that count.", soft_wrap=True)
+        kept = f"; {counted} of them count, for want of better ones" if counted else "; they do not count"
+        screen.print(f"The machine was busy in {slow} samples{kept}.", soft_wrap=True, highlight=False)
 
 
 def _or_dash(value: float | None, write: Callable[[float], str]) -> str:

@@ -15,14 +15,14 @@ from ..checkpoint import open_folder
 from ..models.config import ModelConfig
 from . import peer
 from .child import Child
-from .machine import Limits, Machine, best_of
+from .machine import Limits, Machine
 from .shapes import SHAPES, random_folder, shape_named
 from .speed import TESTS, Ours, Work, report, take_turns
 
 LLAMA_BENCH = Work()  # pp512, tg128
 
-# What the native engine may be asked for, each an argument of NativeEngine and an option here.
-ENGINE_OPTIONS: dict[str, dict[str, Any]] = {}
+# What the native engine may be asked for: options here, arguments of NativeEngine there.
+ENGINE_OPTIONS = ("kv_bits",)
 
 # The keys that the JSON line always has, in this order; more follow.
 KEYS = (
@@ -39,8 +39,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, default=0, help="decode behind so many tokens (default 0)")
     parser.add_argument("--batch", type=int, default=1, help="sequences that decode together (default 1)")
     parser.add_argument("--repeat", type=int, default=5, help="samples that count (default 5)")
-    for name, arguments in ENGINE_OPTIONS.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, **arguments)
     parser.add_argument("--peer", choices=peer.PEERS, help="run the same shape there too, turn by turn")
     parser.add_argument("--json", action="store_true", help="only the line of JSON")
     parser.add_argument("--no-record", action="store_true", help="do not add the numbers to results.json")
@@ -122,26 +120,18 @@ def measure(
     against: str | None = None,
     asked: dict[str, Any] | None = None,
 ) -> tuple[list[dict[str, Any]], Machine]:
-    """A row for each contestant, ours first, measured in turns between two looks at what the machine can do."""
-    asked, reads, peaks = asked or {}, [], []
-
-    def look_at_the_machine(threads: int) -> None:
-        with Child("the machine's limits", Limits, threads) as limits:
-            reads.append(limits.call("read"))
-            peaks.append(limits.call("peak"))
-
+    """A row for each contestant, ours first. They take turns with each other and with looks at the machine's limits."""
+    asked = asked or {}
     with ExitStack() as stack:
         enter = stack.enter_context
         children = [enter(Child(f"the {engine} engine", Ours, folder, work, threads, engine, asked))]
         threads = children[0].call("told")["threads"]
         if against:
             children += [enter(Child(*other)) for other in _others(stack, name, folder, config, work, threads, asked)]
-        look_at_the_machine(threads)
-        found = take_turns(children, work, repeat, min(max(peaks, key=sum)))
-        look_at_the_machine(threads)
-        machine = best_of(reads, peaks)
+        limits = enter(Child("the machine's limits", Limits, threads))
+        found, machine = take_turns(children, limits, work, repeat)
         rows = [
-            report(child.call("told"), samples, machine, config, work, child.call("peak_mib"))
+            report(child.call("told"), samples, repeat, machine, config, work, child.call("peak_mib"))
             | {"shape": name, **asdict(work)}
             for child, samples in zip(children, found, strict=True)
         ]
@@ -183,4 +173,5 @@ def _metrics(engine: str, row: dict[str, Any]) -> dict[str, Any]:
         f"{engine}_decode_rate": row["decode_tok_s"],
         f"{engine}_decode_rate_sd": row["decode_sd"],
         f"{engine}_peak_mib": row["peak_rss_mib"],
+        f"{engine}_kv_bits": row["kv_bits"],
     }

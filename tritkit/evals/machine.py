@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 from tritkit import _native
 
 BUFFER = 512 << 20  # bytes, far beyond any cache
 STREAMS = (1, 2, 4, 8)  # side by side on each thread
 AHEAD = (0, 2048)  # bytes of prefetch
-PASSES = 5
+PASSES = 3  # in each way, at each look
+PEAK_SECONDS = 5e-3
 PROBE_SECONDS = 3e-4
 SETTLE_SECONDS = 5e-3  # until other people's threads have stopped spinning
 PIECE_SECONDS = 0.25  # of work between two probes
@@ -27,48 +28,86 @@ class Limits:
 
     def __init__(self, threads: int, isa: str | None = None):
         self._runner = _native.Runner(threads, isa or "")
-        self._reader = _native.MemoryReader(self._runner, BUFFER)
+        self.reader = _native.MemoryReader(self._runner, BUFFER)
 
-    def read(self) -> dict[tuple[int, int], list[float]]:
-        """GB/s of some passes for every number of streams and every prefetch."""
-        found: dict[tuple[int, int], list[float]] = {(s, a): [] for s in STREAMS for a in AHEAD}
+    def look(self) -> Look:
+        """Some passes over the buffer in every way, and between them runs of the peak loop."""
+        reads: dict[tuple[int, int], list[float]] = {(s, a): [] for s in STREAMS for a in AHEAD}
+        began, waited = time.perf_counter(), _waited()
+        peaks = [self._peak()]
         for _ in range(PASSES):
-            for (streams, ahead), rates in found.items():
-                rates.append(self._reader.read(streams, ahead))
-        return found
+            for (streams, ahead), rates in reads.items():
+                rates.append(self.reader.read(streams, ahead))
+            peaks.append(self._peak())
+        waited = (_waited() - waited) / (time.perf_counter() - began) / self._runner.threads
+        return Look(reads, max(peaks, key=sum), min(min(peak) for peak in peaks), waited)
 
-    def peak(self) -> list[float]:
-        """Gop/s of each thread in the best of some runs."""
-        return max((_native.integer_peak(self._runner, 5e-3) for _ in range(10)), key=sum)
+    def _peak(self) -> list[float]:
+        return _native.integer_peak(self._runner, PEAK_SECONDS)
+
+
+@dataclass(frozen=True)
+class Look:
+    """GB/s of each pass by (streams, ahead); Gop/s of each thread in the best run, and of the slowest in any run; the
+    share of time that we stood in line for a core."""
+
+    reads: dict[tuple[int, int], list[float]]
+    peak: list[float]
+    slowest: float
+    waited: float
+
+    def stream(self) -> float:
+        """GB/s of the best way to read, the median of its passes."""
+        return max(median(rates) for rates in self.reads.values())
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The best that was measured. ``stream_median`` is the median of the best way to read."""
+    """What several looks, taken between the samples, have seen.
+
+    Other tenants of a host take memory bandwidth that no probe of the cores shows, for minutes or for a moment. So
+    ``stream_gb_s`` is the mean over the quiet looks, as a speed is over its samples; ``stream_best``, the fastest pass.
+    """
 
     stream_gb_s: float
-    stream_median: float
-    streams: int
+    stream_best: float
+    streams: int  # of the way that was best at most looks
     ahead: int
     int8_gops: float
     threads: int
 
+    @property
+    def peak_of_a_thread(self) -> float:
+        return self.int8_gops / self.threads
 
-def best_of(reads: Iterable[dict[tuple[int, int], list[float]]], peaks: Iterable[list[float]]) -> Machine:
-    """What several visits to ``Limits`` found together."""
-    rates: dict[tuple[int, int], list[float]] = {}
-    for read in reads:
-        for way, passes in read.items():
-            rates.setdefault(way, []).extend(passes)
-    (streams, ahead), values = max(rates.items(), key=lambda item: median(item[1]))
-    peak = max(peaks, key=sum)
-    return Machine(max(max(v) for v in rates.values()), median(values), streams, ahead, sum(peak), len(peak))
+
+def machine_of(looks: Sequence[Look]) -> Machine:
+    """The best way is that with the highest median over all looks; the peak is the highest. Looks at a busy machine
+    say nothing about its memory; where it was busy at all of them, the fastest one does."""
+    peak = max((look.peak for look in looks), key=sum)
+    thread = sum(peak) / len(peak)
+    quiet = [look for look in looks if is_quiet(look.slowest, look.waited, thread)]
+    quiet = quiet or [max(looks, key=Look.stream)]
+    ways = {way: median(r for look in quiet for r in look.reads[way]) for way in quiet[0].reads}
+    streams, ahead = max(ways, key=lambda way: ways[way])
+    return Machine(
+        stream_gb_s=fmean(look.stream() for look in quiet),
+        stream_best=max(rate for look in looks for rates in look.reads.values() for rate in rates),
+        streams=streams,
+        ahead=ahead,
+        int8_gops=sum(peak),
+        threads=len(peak),
+    )
+
+
+def is_quiet(peak: float, waited: float, peak_of_a_thread: float) -> bool:
+    return peak >= QUIET_PEAK * peak_of_a_thread and waited <= QUIET_WAIT
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One timed piece of work. ``peak``: Gop/s of the slowest thread in the slowest probe; ``waited``: share of the
-    time that our threads stood in line for a core; joules: of the whole processor, None where it cannot be read."""
+    """One timed piece of work. ``peak``: Gop/s of the slowest thread in the slowest probe; ``waited``: share of its
+    threads' time that they stood in line for a core; joules: of the whole processor, None where nobody tells."""
 
     seconds: float
     peak: float
@@ -76,7 +115,11 @@ class Sample:
     joules: float | None
 
     def is_quiet(self, peak_of_a_thread: float) -> bool:
-        return self.peak >= QUIET_PEAK * peak_of_a_thread and self.waited <= QUIET_WAIT
+        return is_quiet(self.peak, self.waited, peak_of_a_thread)
+
+    def noise(self, peak_of_a_thread: float) -> float:
+        """What was taken from us, by both measures."""
+        return max(1 - self.peak / peak_of_a_thread, 0.0) + self.waited
 
 
 class Stopwatch:
@@ -105,7 +148,7 @@ class Stopwatch:
             if joules is not None:
                 joules += _spent(energy, _energy(self._counters), self._counters)
             peak = min(peak, self._probe())
-        return Sample(seconds, peak, waited / max(seconds, 1e-9), joules)
+        return Sample(seconds, peak, waited / max(seconds, 1e-9) / self._runner.threads, joules)
 
     def _probe(self) -> float:
         time.sleep(SETTLE_SECONDS)

@@ -129,7 +129,9 @@ def random_gguf(name: str, config: ModelConfig) -> Iterator[tuple[Path, dict[str
     size = sum(tensor.nbytes() for tensor in tensors.values())
     with temporary_folder(size, f"the shape {name} for llama.cpp") as folder:
         write_gguf(folder / "model.gguf", config, tensors)
-        yield folder / "model.gguf", {"layout": linear, "head": head, "weight_bytes": read}
+        position = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # float16
+        facts = {"layout": linear, "head": head, "kv_bits": 16, "weight_bytes": read, "kv_bytes": position}
+        yield folder / "model.gguf", facts
 
 
 def _random(kind: str, shape: tuple[int, ...], spread: float) -> GgufTensor:
@@ -201,8 +203,7 @@ class LlamaCpp(Contestant):
         self.facts = {
             "engine": "llama.cpp",
             "threads": threads,
-            "isa": "its own",
-            "kv_bits": 16,
+            "isa": None,
             **facts,
             "ready_s": time.perf_counter() - began,
         }

@@ -21,7 +21,7 @@ from ..memory import peak_memory_mib
 from ..models.config import ModelConfig
 from ..progress import progress
 from .child import Child
-from .machine import Machine, Sample, Stopwatch
+from .machine import Machine, Sample, Stopwatch, machine_of
 
 TESTS = ("prefill", "decode")
 
@@ -44,6 +44,10 @@ class Work:
     def positions(self) -> int:
         """The longest that a sequence gets."""
         return max(self.prompt, self.context + self.tokens)
+
+    def mean_positions(self) -> float:
+        """Positions that a decoded token attends to, on average."""
+        return self.context + (self.tokens + 1) / 2
 
     def require_room(self, context_length: int) -> None:
         if self.positions() > context_length:
@@ -110,20 +114,21 @@ class Ours(Contestant):
                 "isa": native.isa,
                 "layout": layouts[opened.config.weights],
                 "head": opened.tensors[_head(opened.config)].dtype.lower(),
-                "weight_bytes": native.bytes_per_token,
                 "kv_bits": native.kv_bits,
+                "weight_bytes": native.bytes_per_token,
+                "kv_bytes": native.kv_bytes_per_position,
             }
             self.engine = native
         else:
             if options:
-                raise ValueError(f"only the native engine has --{next(iter(options)).replace('_', '-')}")
+                raise ValueError(f"the torch engine has no --{next(iter(options)).replace('_', '-')}")
             from ..engine.torch import TorchEngine
 
             self.engine = TorchEngine.open(opened, threads=threads)
             import torch
 
             self.facts = {"engine": "torch", "threads": torch.get_num_threads(), "isa": "torch"}
-            self.facts |= {"layout": "floats", "head": "f32"}
+            self.facts |= {"layout": "floats", "head": "f32", "kv_bits": self.engine.kv_bits}
         super().__init__(work, self.facts["threads"])
         self._chance = np.random.default_rng(0)
         self._sequences: list[int] = []
@@ -171,72 +176,86 @@ class Samples:
     def quiet(self, peak_of_a_thread: float) -> list[Sample]:
         return [s for s in self.all if s.is_quiet(peak_of_a_thread)]
 
-    def summary(self, machine: Machine) -> dict[str, Any]:
-        """Mean and standard deviation of the quiet samples (of all, where none was quiet)."""
-        quiet = self.quiet(machine.int8_gops / machine.threads)
-        used = quiet or self.all
-        rates = [self.tokens / s.seconds for s in used]
-        joules = [s.joules / self.tokens for s in used if s.joules is not None]
+    def counted(self, repeat: int, peak_of_a_thread: float) -> list[Sample]:
+        """The ``repeat`` least disturbed ones, whatever their speed; the first ones where all were quiet."""
+        return sorted(self.all, key=lambda s: (not s.is_quiet(peak_of_a_thread), s.noise(peak_of_a_thread)))[:repeat]
+
+    def summary(self, repeat: int, machine: Machine) -> dict[str, Any]:
+        """Mean and standard deviation of those that count."""
+        counted = self.counted(repeat, machine.peak_of_a_thread)
+        rates = [self.tokens / s.seconds for s in counted]
+        joules = [s.joules / self.tokens for s in counted if s.joules is not None]
+        quiet = len(self.quiet(machine.peak_of_a_thread))
         return {
             f"{self.test}_tok_s": statistics.fmean(rates),
             f"{self.test}_sd": statistics.stdev(rates) if len(rates) > 1 else 0.0,
-            f"{self.test}_samples": len(used),
-            f"{self.test}_slow_samples": len(self.all) - len(quiet),
+            f"{self.test}_samples": len(rates),
+            f"{self.test}_slow_samples": len(self.all) - quiet,
+            f"{self.test}_slow_counted": max(len(rates) - quiet, 0),
             f"{self.test}_joules": statistics.fmean(joules) if joules else None,
         }
 
 
-def take_turns(children: Sequence[Child], work: Work, repeat: int, peak_of_a_thread: float) -> list[list[Samples]]:
-    """For each child its samples of every test: one that does not count, then ``repeat``, each child in turn.
+def take_turns(
+    children: Sequence[Child], limits: Child, work: Work, repeat: int
+) -> tuple[list[list[Samples]], Machine]:
+    """For each child its samples of every test: one that does not count, then ``repeat``, each child in turn, and the
+    machine's limits in turn with them.
 
-    Where the machine was slow in a sample it is taken again, at most ``repeat`` times more in all.
+    Where the machine was busy in a sample another one is taken, at most ``repeat`` times more in all.
     """
     tokens = {"prefill": work.prompt, "decode": work.tokens * work.batch}
     found = [[Samples(test, tokens[test]) for test in TESTS] for _ in children]
+    looks = [limits.call("look")]
     total = (repeat + 1) * sum(tokens.values()) * len(children)
     with progress("bench", total, "tokens") as advance:
         for round in range(2 * repeat + 1):
-            for child, tests in zip(children, found, strict=True):
-                for samples in tests:
-                    if round > repeat and len(samples.quiet(peak_of_a_thread)) >= repeat:
-                        continue
-                    sample = child.call("sample", samples.test)
-                    if round > 0:
-                        samples.all.append(sample)
-                    advance(samples.tokens, note="" if sample.is_quiet(peak_of_a_thread) else "(busy machine)")
-    return found
+            peak = machine_of(looks).peak_of_a_thread
+            wanting = [
+                (child, samples)
+                for child, tests in zip(children, found, strict=True)
+                for samples in tests
+                if round <= repeat or len(samples.quiet(peak)) < repeat
+            ]
+            for child, samples in wanting:
+                sample = child.call("sample", samples.test)
+                if round > 0:
+                    samples.all.append(sample)
+                advance(samples.tokens, note="" if sample.is_quiet(peak) else "(busy machine)")
+            if wanting:
+                looks.append(limits.call("look"))
+    return found, machine_of(looks)
 
 
 def report(
     facts: dict[str, Any],
     samples: Sequence[Samples],
+    repeat: int,
     machine: Machine,
     config: ModelConfig,
     work: Work,
     peak_mib: float,
 ) -> dict[str, Any]:
-    """One engine's row: rates, what they are of the machine's limits, and the facts."""
+    """One engine's row: rates, what they are of the machine's limits, and the facts. Of these, weight_bytes are read
+    once for all sequences that decode together, kv_bytes by each for every position behind it."""
     measured: dict[str, Any] = {}
     for test in samples:
-        measured |= test.summary(machine)
+        measured |= test.summary(repeat, machine)
     facts = dict(facts)
-    weights, kv_bits = facts.pop("weight_bytes", None), facts.pop("kv_bits", None)
-    a_token = None
-    if weights is not None:
-        a_token = weights / work.batch + (kv_bytes(config, kv_bits, work) if kv_bits else 0)
-        read = a_token * 1e-9 * measured["decode_tok_s"]
-    multiplied = 2e-9 * linear_weights(config) * measured["prefill_tok_s"]
+    weights, kv = facts.pop("weight_bytes", None), facts.pop("kv_bytes", None)
+    a_token = None if weights is None else weights / work.batch + kv * work.mean_positions()
+    decode, prefill = measured.pop("decode_tok_s"), measured.pop("prefill_tok_s")
     return {
-        "decode_tok_s": measured.pop("decode_tok_s"),
-        "prefill_tok_s": measured.pop("prefill_tok_s"),
+        "decode_tok_s": decode,
+        "prefill_tok_s": prefill,
         "bytes_per_token": a_token,
         "stream_gb_s": machine.stream_gb_s,
-        "roofline_share": None if a_token is None else read / machine.stream_gb_s,
+        "roofline_share": None if a_token is None else 1e-9 * a_token * decode / machine.stream_gb_s,
         "int8_gops": machine.int8_gops,
-        "prefill_share": multiplied / machine.int8_gops if config.activations else None,
+        "prefill_share": 2e-9 * linear_weights(config) * prefill / machine.int8_gops if config.activations else None,
         "peak_rss_mib": peak_mib,
         **facts,
-        "kv_bits": kv_bits,
+        "stream_best_gb_s": machine.stream_best,
         **measured,
     }
 
@@ -245,9 +264,3 @@ def linear_weights(config: ModelConfig) -> int:
     """Weights of the linears of the layers: a token of a prefill is multiplied with each once."""
     shapes = (linear_shape(config, name) for name in linear_names(config))
     return sum(rows * columns for rows, columns in shapes)
-
-
-def kv_bytes(config: ModelConfig, bits: int, work: Work) -> float:
-    """Bytes of keys and values that a decoded token reads on average, without their scales."""
-    positions = work.context + (work.tokens + 1) / 2
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * positions * bits / 8
