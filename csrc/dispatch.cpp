@@ -34,6 +34,9 @@ void inherit(Kernels& to, const Kernels& from) {
     fill(to.matmul_f16, from.matmul_f16);
     fill(to.matmul_bf16, from.matmul_bf16);
     fill(to.add_weighted_rows, from.add_weighted_rows);
+
+    fill(to.quantize_groups, from.quantize_groups);
+    fill(to.matmul_groups, from.matmul_groups);
 }
 
 const std::vector<Kernels>& available() {

@@ -16,6 +16,8 @@
 #include <string>
 #include <vector>
 
+#include "group_layout.h"
+
 namespace tritkit {
 
 constexpr int kTileRows = 16;
@@ -92,6 +94,15 @@ struct Kernels {
     /// out[i] += sum over p of weights[p] * rows[p * stride + i], p in order. Attention's sum over the values.
     void (*add_weighted_rows)(const float* rows, ptrdiff_t stride, int count, int columns, const float* weights,
                               float* out);
+
+    // --- Weights and activations in groups: group_layout.h.
+
+    /// Each 32 columns: codes[i] = clamp(round_half_even(x[i] * inverse), -127, 127), inverse = 127 / max(absmax,
+    /// 1e-5); the scale 1 / inverse; and of each 16 columns the sum of the codes and the moment, scale * sum. Beyond
+    /// the last column, to a multiple of 32, the codes are zero.
+    void (*quantize_groups)(const float* x, int columns, int8_t* codes, float* scales, int32_t* sums, float* moments);
+
+    void (*matmul_groups)(const GroupProduct&);
 };
 
 /// Names of the instruction sets that this CPU can run, slowest first.
