@@ -40,6 +40,9 @@ void inherit(Kernels& to, const Kernels& from) {
     fill(to.vectors, from.vectors);
     fill(to.read_stream, from.read_stream);
     fill(to.integer_peak, from.integer_peak);
+
+    fill(to.quantize_groups, from.quantize_groups);
+    fill(to.matmul_groups, from.matmul_groups);
 }
 
 const std::vector<Kernels>& available() {

@@ -104,6 +104,41 @@ float quantize_row(const float* x, int columns, float levels, int8_t* codes, int
     return 1.0f / inverse;
 }
 
+/// Each 32 columns as quantize_row does with a row.
+void quantize_groups(const float* x, int columns, int8_t* codes, float* scales, int32_t* sums, float* moments) {
+    const __m256 sign = _mm256_set1_ps(-0.0f), low = _mm256_set1_ps(-127.0f), high = _mm256_set1_ps(127.0f);
+    for (int i = 0; i < columns; i += kStripColumns, codes += 32, ++scales, sums += 2, moments += 2) {
+        __m256 v[4], absmax8 = _mm256_setzero_ps();
+        for (int j = 0; j < 4; ++j) {
+            const int left = columns - i - 8 * j;
+            v[j] = load_up_to_8(x + i + 8 * j, left > 0 ? left : 0);
+            absmax8 = _mm256_max_ps(_mm256_andnot_ps(sign, v[j]), absmax8);
+        }
+        float lanes[8], absmax = 0.0f;
+        _mm256_storeu_ps(lanes, absmax8);
+        for (float lane : lanes) absmax = lane > absmax ? lane : absmax;
+        const float inverse = 127.0f / (absmax > 1e-5f ? absmax : 1e-5f);
+        *scales = 1.0f / inverse;
+        alignas(32) int32_t wide[32];
+        for (int j = 0; j < 4; ++j) {
+            const __m256 code = _mm256_round_ps(_mm256_mul_ps(v[j], _mm256_set1_ps(inverse)),
+                                                _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+            _mm256_store_si256(reinterpret_cast<__m256i*>(wide + 8 * j),
+                               _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(code, low), high)));
+        }
+        for (int h = 0; h < 2; ++h) {
+            sums[h] = 0;
+            for (int j = 16 * h; j < 16 * h + 16; ++j) {
+                codes[j] = static_cast<int8_t>(wide[j]);
+                sums[h] += wide[j];
+            }
+            moments[h] = *scales * static_cast<float>(sums[h]);
+        }
+    }
+}
+
+#include "group_kernels.h"
+
 struct F32 {
     using Element = float;
     TRITKIT_INLINE __m256 load8(const float* w) { return _mm256_loadu_ps(w); }
@@ -234,6 +269,9 @@ const Kernels kAvx2 = {
     &kAvx2Vectors,
     read_stream,
     integer_peak,
+
+    quantize_groups,
+    matmul_groups<V>,
 };
 
 }  // namespace tritkit

@@ -81,6 +81,41 @@ struct V {
     TRITKIT_INLINE __m512i shift_right32(__m512i v, int n) { return _mm512_sra_epi32(v, _mm_cvtsi32_si128(n)); }
     TRITKIT_INLINE __m512i load32(const int32_t* p) { return _mm512_loadu_si512(p); }
     TRITKIT_INLINE void store(int32_t* p, __m512i v) { _mm512_storeu_si512(p, v); }
+
+    // --- For grouped weights: group_kernels.h says what each of these is for.
+    using Floats = __m512;
+    template <int n>
+    TRITKIT_INLINE __m512i shift_left(__m512i v) {
+        return _mm512_slli_epi32(v, n);
+    }
+    TRITKIT_INLINE __m512i merge(__m512i a, __m512i b, __m512i mask) {
+        return _mm512_ternarylogic_epi32(a, b, mask, 0xf8);  // a | (b & mask)
+    }
+    TRITKIT_INLINE __m512i load_table(const uint8_t* p) {
+        return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    }
+    TRITKIT_INLINE __m512i lookup(__m512i table, __m512i codes) { return _mm512_shuffle_epi8(table, codes); }
+    TRITKIT_INLINE __m512 no_floats() { return _mm512_setzero_ps(); }
+    TRITKIT_INLINE __m512 load_floats(const float* p) { return _mm512_loadu_ps(p); }
+    TRITKIT_INLINE void store_floats(float* p, __m512 v) { _mm512_storeu_ps(p, v); }
+    TRITKIT_INLINE __m512 splat_floats(float value) { return _mm512_set1_ps(value); }
+    TRITKIT_INLINE __m512 to_floats(__m512i v) { return _mm512_cvtepi32_ps(v); }
+    TRITKIT_INLINE __m512 halves(const uint8_t* p) {
+        return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    }
+    TRITKIT_INLINE __m512 int8s(const uint8_t* p) {
+        return to_floats(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+    }
+    TRITKIT_INLINE __m512 uint8s(const uint8_t* p) {
+        return to_floats(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+    }
+    TRITKIT_INLINE __m512 nibbles(const uint8_t* p, int shift) {
+        const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+        return to_floats(_mm512_and_si512(shift_right32(bytes, shift), _mm512_set1_epi32(15)));
+    }
+    TRITKIT_INLINE __m512 times(__m512 a, __m512 b) { return _mm512_mul_ps(a, b); }
+    TRITKIT_INLINE __m512 subtract(__m512 a, __m512 b) { return _mm512_sub_ps(a, b); }
+    TRITKIT_INLINE __m512 fma(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
 };
 
 #include "tile_kernels.h"
@@ -109,6 +144,31 @@ float quantize_row(const float* x, int columns, float levels, int8_t* codes, int
     *sum = _mm512_reduce_add_epi32(total);
     return 1.0f / inverse;
 }
+
+/// Each 32 columns as quantize_row does with a row.
+void quantize_groups(const float* x, int columns, int8_t* codes, float* scales, int32_t* sums, float* moments) {
+    const __m512 low = _mm512_set1_ps(-127.0f), high = _mm512_set1_ps(127.0f);
+    for (int i = 0; i < columns; i += kStripColumns, codes += 32, ++scales, sums += 2, moments += 2) {
+        __m512 v[2], absmax16 = _mm512_setzero_ps();
+        for (int h = 0; h < 2; ++h) {
+            const int left = columns - i - 16 * h;
+            v[h] = _mm512_maskz_loadu_ps(first_lanes(left > 0 ? left : 0), x + i + 16 * h);
+            absmax16 = _mm512_max_ps(_mm512_abs_ps(v[h]), absmax16);
+        }
+        const float absmax = _mm512_reduce_max_ps(absmax16), inverse = 127.0f / (absmax > 1e-5f ? absmax : 1e-5f);
+        *scales = 1.0f / inverse;
+        for (int h = 0; h < 2; ++h) {
+            __m512 code = _mm512_mul_ps(v[h], _mm512_set1_ps(inverse));
+            code = _mm512_roundscale_ps(code, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+            const __m512i whole = _mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(code, low), high));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + 16 * h), _mm512_cvtepi32_epi8(whole));
+            sums[h] = _mm512_reduce_add_epi32(whole);
+            moments[h] = *scales * static_cast<float>(sums[h]);
+        }
+    }
+}
+
+#include "group_kernels.h"
 
 struct F32 {
     using Element = float;
@@ -244,6 +304,9 @@ const Kernels kAvx512 = {
     &kAvx512Vectors,
     read_stream,
     integer_peak,
+
+    quantize_groups,
+    matmul_groups<V>,
 };
 
 }  // namespace tritkit

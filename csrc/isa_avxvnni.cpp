@@ -14,14 +14,15 @@ namespace {
 
 bool supported() {
     __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2")) return false;
-    unsigned a, b, c, d;  // compilers do not all know the name of this feature: leaf 7, subleaf 1, EAX bit 4
-    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return false;
+    unsigned a, b, c, d;  // compilers do not all know the names: F16C is leaf 1, ECX bit 29
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 29 & 1)) return false;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);  // leaf 7, subleaf 1, EAX bit 4
 }
 
 constexpr int kAhead = 2048;  // bytes from the load to the prefetch, in each of the streams
 
-ISA_BEGIN("avx2,avxvnni")
+ISA_BEGIN("avx2,fma,f16c,avxvnni")
 
 #include "isa_256.h"
 
@@ -44,7 +45,10 @@ struct V : Vectors256 {
     }
 };
 
+// clang-format off: the second needs the first
 #include "tile_kernels.h"
+#include "group_kernels.h"
+// clang-format on
 
 // --- What the machine can do at best.
 
@@ -79,6 +83,9 @@ const Kernels kAvxVnni = {
     nullptr,
     nullptr,
     integer_peak,
+
+    nullptr,
+    matmul_groups<V>,
 };
 
 }  // namespace tritkit

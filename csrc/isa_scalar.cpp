@@ -73,8 +73,6 @@ void matmul_floats(const FloatProduct& p) {
 
 float identity(float value) { return value; }
 
-bool supported() { return true; }
-
 // --- What the machine can do at best.
 
 uint64_t read_stream(const uint8_t* data, size_t bytes, int streams, int ahead) {
@@ -106,6 +104,129 @@ int64_t integer_peak(int64_t rounds) {
     asm volatile("" : : "r"(sum));
     return rounds * 2 * kBlockBytes;
 }
+void quantize_groups(const float* x, int columns, int8_t* codes, float* scales, int32_t* sums, float* moments) {
+    for (int begin = 0; begin < columns; begin += kStripColumns, ++scales) {
+        const int end = std::min(begin + kStripColumns, columns);
+        float absmax = 0.0f;
+        for (int i = begin; i < end; ++i) absmax = std::fabs(x[i]) > absmax ? std::fabs(x[i]) : absmax;
+        const float inverse = 127.0f / std::max(absmax, 1e-5f);
+        *scales = 1.0f / inverse;
+        for (int half = begin; half < begin + kStripColumns; half += kGroupUnit, ++sums, ++moments) {
+            *sums = 0;
+            for (int i = half; i < half + kGroupUnit; ++i) {
+                float code = i < end ? std::nearbyintf(x[i] * inverse) : 0.0f;
+                code = code > -127.0f ? code : -127.0f;
+                code = code < 127.0f ? code : 127.0f;
+                codes[i] = static_cast<int8_t>(code);
+                *sums += codes[i];
+            }
+            *moments = *scales * static_cast<float>(*sums);
+        }
+    }
+}
+
+/// The code of a row and a column of 32 in a plane of a strip.
+int plane_code(const uint8_t* plane, int bits, int row, int column) {
+    const int block_columns = 32 / bits;
+    const uint8_t byte = plane[column / block_columns * kBlockBytes + 4 * row + column % 4];
+    return byte >> (column % block_columns / 4 * bits) & ((1 << bits) - 1);
+}
+
+/// What the integer product multiplies with: the code or the number of the table, less the bias.
+int grouped_number(const GroupProduct& p, const uint8_t* strip, int row, int column) {
+    constexpr int kLow[] = {2, 2, 4, 4, 4, 8, 4, 4};
+    const int low_bits = kLow[static_cast<int>(p.layout.codes)];
+    int code = plane_code(strip, low_bits, row, column);
+    if (p.layout.codes == GroupCodes::kTable8) return p.table[code] - p.bias;
+    if (p.layout.codes == GroupCodes::kTable16) return (p.table[code] - p.bias) * 256 + p.table[16 + code];
+    const int high_bits = p.layout.strip_blocks() - low_bits;
+    if (high_bits) code |= plane_code(strip + low_bits * kBlockBytes, high_bits, row, column) << low_bits;
+    return code - p.bias;
+}
+
+float half_at(const uint8_t* bytes, int row) {
+    uint16_t half;
+    std::memcpy(&half, bytes + 2 * row, sizeof half);
+    return float_from_f16(half);
+}
+
+float float_at(const uint8_t* bytes, int row) {
+    float value;
+    std::memcpy(&value, bytes + 4 * row, sizeof value);
+    return value;
+}
+
+float grouped_scale(const GroupLayout& g, const uint8_t* header, const uint8_t* at, int row) {
+    switch (g.scales) {
+        case GroupScales::kHalf:
+            return half_at(at, row);
+        case GroupScales::kFloat:
+            return float_at(at, row);
+        case GroupScales::kTwoLevel:
+            return half_at(header, row) * static_cast<int8_t>(at[row]);
+        default:
+            return half_at(header, row) * static_cast<float>(at[row] & 15);
+    }
+}
+
+float grouped_offset(const GroupLayout& g, const uint8_t* header, const uint8_t* at, int row, float scale) {
+    const int small = g.scales == GroupScales::kTwoLevel4 ? at[row] >> 4 : at[g.scale_bytes() + row];
+    switch (g.offsets) {
+        case GroupOffsets::kNone:
+            return 0.0f;
+        case GroupOffsets::kHalf:
+            return half_at(at + g.scale_bytes(), row);
+        case GroupOffsets::kFloat:
+            return float_at(at + g.scale_bytes(), row);
+        case GroupOffsets::kZeros:
+            return 0.0f - scale * static_cast<float>(small);
+        default:
+            return 0.0f - half_at(header + 32 * g.has_d(), row) * static_cast<float>(small);
+    }
+}
+
+/// The product of one tile with one token.
+void matmul_grouped_tile(const GroupProduct& p, int tile, int token, float* out) {
+    const GroupLayout& g = p.layout;
+    const int8_t* x = p.x.codes + token * p.x.code_stride;
+    const float *x_scales = p.x.scales + token * p.x.strips, *moments = p.x.moments + token * 2 * p.x.strips;
+    const uint8_t* header = p.weights + tile * g.tile_bytes();
+    float scale[kTileRows] = {}, offset[kTileRows] = {};
+    std::fill(out, out + kTileRows, 0.0f);
+    for (int begin = 0; begin < g.columns; begin += kSpanColumns) {
+        const int end = g.span_end(begin);
+        const uint8_t* group = header + 32 * g.has_d() + 32 * g.has_dmin();
+        const uint8_t* strip = header + g.header_bytes(begin, end);
+        for (int k = begin; k < end; k += g.unit()) {
+            if (k % g.group == 0) {
+                for (int r = 0; r < kTileRows; ++r) {
+                    scale[r] = grouped_scale(g, header, group, r);
+                    offset[r] = grouped_offset(g, header, group, r, scale[r]);
+                }
+                group += g.scale_bytes() + g.offset_bytes();
+            }
+            const float x_scale = x_scales[k / kStripColumns];
+            float moment = moments[k / kGroupUnit];
+            if (g.unit() == kStripColumns) moment += moments[k / kGroupUnit + 1];
+            for (int r = 0; r < kTileRows; ++r) {
+                int32_t sum = 0;
+                for (int i = k; i < k + g.unit(); ++i) sum += grouped_number(p, strip, r, i % kStripColumns) * x[i];
+                out[r] = std::fma(static_cast<float>(sum) * scale[r], x_scale, out[r]);
+                if (g.offsets != GroupOffsets::kNone) out[r] = std::fma(offset[r], moment, out[r]);
+            }
+            if ((k + g.unit()) % kStripColumns == 0) strip += g.strip_blocks() * kBlockBytes;
+        }
+        header = strip;
+    }
+}
+
+void matmul_groups(const GroupProduct& p) {
+    for (int t = 0; t < p.tokens; ++t)
+        for (int tile = p.tile_begin; tile < p.tile_end; ++tile)
+            matmul_grouped_tile(p, tile, t, p.out + t * p.out_stride + (tile - p.tile_begin) * kTileRows);
+}
+
+bool supported() { return true; }
 
 }  // namespace
 
@@ -124,6 +245,9 @@ const Kernels kScalar = {
     &kScalarVectors,
     read_stream,
     integer_peak,
+
+    quantize_groups,
+    matmul_groups,
 };
 
 }  // namespace tritkit

@@ -16,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#include "group_layout.h"
 #include "vector_table.h"
 
 namespace tritkit {
@@ -101,6 +102,15 @@ struct Kernels {
     /// `rounds` times some of what the integer products consist of, on registers alone. Returns the operations that
     /// were done: two for each product of an activation code.
     int64_t (*integer_peak)(int64_t rounds);
+
+    // --- Weights and activations in groups: group_layout.h.
+
+    /// Each 32 columns: codes[i] = clamp(round_half_even(x[i] * inverse), -127, 127), inverse = 127 / max(absmax,
+    /// 1e-5); the scale 1 / inverse; and of each 16 columns the sum of the codes and the moment, scale * sum. Beyond
+    /// the last column, to a multiple of 32, the codes are zero.
+    void (*quantize_groups)(const float* x, int columns, int8_t* codes, float* scales, int32_t* sums, float* moments);
+
+    void (*matmul_groups)(const GroupProduct&);
 };
 
 /// Names of the instruction sets that this CPU can run, slowest first.
