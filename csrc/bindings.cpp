@@ -105,8 +105,8 @@ Stored stored(const std::string& layout, const Array& data, int rows, int column
     return {source, bytes_of(data), rows, columns, mapped};
 }
 
-int64_t needed_bytes(const Runner& runner, const std::string& layout, const Array& data, int rows, int columns) {
-    return Linear::needed_bytes(stored(layout, data, rows, columns, false), runner.kernels);
+int64_t runtime_bytes(const Runner& runner, const std::string& layout, const Array& data, int rows, int columns) {
+    return needed_bytes(stored(layout, data, rows, columns, false), runner.ternary);
 }
 
 std::shared_ptr<Linear> new_linear(Runner& runner, const std::string& layout, const Array& data, int rows, int columns,
@@ -115,8 +115,34 @@ std::shared_ptr<Linear> new_linear(Runner& runner, const std::string& layout, co
     const Stored source = stored(layout, data, rows, columns, mapped);
     const float* bias_data = bias ? checked<float>(*bias, "bias", {rows}) : nullptr;
     nb::gil_scoped_release release;
-    return std::make_shared<Linear>(source, scale, activations.value_or(""), bias_data, runner.pool, runner.arena,
-                                    runner.kernels);
+    return make_linear(source, runner.ternary, scale, activations.value_or(""), bias_data, runner.pool, runner.arena,
+                       runner.kernels);
+}
+
+template <class Matrix>
+void require_shape(const Matrix& linear, const char* name, int rows, int columns) {
+    if (linear.rows() != rows || linear.columns() != columns)
+        throw nb::value_error((std::string(name) + " has shape [" + std::to_string(linear.rows()) + ", " +
+                               std::to_string(linear.columns()) + "], expected [" + std::to_string(rows) + ", " +
+                               std::to_string(columns) + "]")
+                                  .c_str());
+}
+
+/// A copy of the rows with 4, 6 or 8 bits, or with `exact` one of 4 bits that screens.
+std::shared_ptr<Head> quantized_head(Runner& runner, std::shared_ptr<RowTable> rows, int bits,
+                                     std::optional<std::shared_ptr<Linear>> exact) {
+    auto floats = std::dynamic_pointer_cast<FloatLinear>(exact.value_or(nullptr));
+    if (exact) {
+        if (!floats) throw nb::value_error("the exact head must have floats");
+        require_shape(*floats, "the exact head", rows->rows(), rows->columns());
+    }
+    nb::gil_scoped_release release;
+    RowIntegers codes = quantize_rows(*rows, bits, runner.pool, runner.arena);
+    std::vector<float> norms = std::move(codes.norms), errors = std::move(codes.errors);
+    auto copy = std::make_shared<TileLinear>(std::move(codes), runner.kernels);
+    if (!floats) return std::make_shared<Head>(std::move(copy));
+    return std::make_shared<Head>(std::move(copy), std::move(floats), std::move(rows), std::move(norms),
+                                  std::move(errors));
 }
 
 std::shared_ptr<RowTable> new_row_table(const std::string& layout, const Array& data, int rows, int columns,
@@ -130,15 +156,6 @@ Norm norm(const std::optional<Array>& a, const char* name, int size) {
     if (!a) return {};
     const float* data = checked<float>(*a, name, {size});
     return Norm(data, data + size);
-}
-
-template <class Matrix>
-void require_shape(const Matrix& linear, const char* name, int rows, int columns) {
-    if (linear.rows() != rows || linear.columns() != columns)
-        throw nb::value_error((std::string(name) + " has shape [" + std::to_string(linear.rows()) + ", " +
-                               std::to_string(linear.columns()) + "], expected [" + std::to_string(rows) + ", " +
-                               std::to_string(columns) + "]")
-                                  .c_str());
 }
 
 LinearPtr linear_of(const nb::dict& layer, const char* name, int rows, int columns) {
@@ -187,7 +204,7 @@ DecoderShape shape_from(const nb::dict& d) {
 
 void init_decoder(Decoder* self, std::shared_ptr<Runner> runner, const nb::dict& shape,
                   std::shared_ptr<RowTable> embedding, const nb::list& layers, const Array& final_norm,
-                  std::shared_ptr<Linear> head, int kv_bits) {
+                  std::shared_ptr<Head> head, int kv_bits) {
     const DecoderShape s = shape_from(shape);
     require_shape(*embedding, "embedding", s.vocab_size, s.hidden_size);
     require_shape(*head, "head", s.vocab_size, s.hidden_size);
@@ -271,8 +288,9 @@ nb::object integer_product(const std::string& layout, const Array& data, int row
     }
     Linear::Scratch scratch;
     linear->reserve(tokens, 1, scratch);
-    linear->integer_product({0, rows}, padded.data(), stride, sums.data(), tokens, out.data(), out_stride,
-                            scratch.panel.data());
+    const auto& tiles = dynamic_cast<const TileLinear&>(*linear);
+    tiles.integer_product({0, rows}, padded.data(), stride, sums.data(), tokens, out.data(), out_stride,
+                          scratch.panel.data());
     int32_t* result = nullptr;
     nb::object array = new_array(result, {static_cast<size_t>(tokens), static_cast<size_t>(rows)});
     for (int t = 0; t < tokens; ++t)
@@ -358,7 +376,7 @@ NB_MODULE(_native, m) {
     m.def("available_isas", &available_isas, "Instruction sets with kernels that this CPU can run, slowest first.");
     m.def("default_isa", &default_isa, "TRITKIT_ISA, or the fastest available one.");
     m.def("usable_cores", &usable_cores, "Cores that this process may run on.");
-    m.def("runtime_bytes", &needed_bytes, "runner"_a, "layout"_a, "data"_a, "rows"_a, "cols"_a,
+    m.def("runtime_bytes", &runtime_bytes, "runner"_a, "layout"_a, "data"_a, "rows"_a, "cols"_a,
           "Bytes that a Linear would allocate.");
     m.def("integer_product", &integer_product, "layout"_a, "data"_a, "rows"_a, "cols"_a, "x"_a, "isa"_a = "",
           "Exact int32 [tokens, rows] product of packed weights and int8 x [tokens, cols].");
@@ -369,7 +387,7 @@ NB_MODULE(_native, m) {
           "Causal attention of one layer with rotary embedding; float32 [tokens, heads, head_dim].");
 
     nb::class_<Runner>(m, "Runner", "Threads and kernels.")
-        .def(nb::init<int, const std::string&>(), "threads"_a = 0, "isa"_a = "")
+        .def(nb::init<int, const std::string&, const std::string&>(), "threads"_a = 0, "isa"_a = "", "layout"_a = "")
         .def_prop_ro("threads", [](const Runner& r) { return r.pool.size(); })
         .def_prop_ro("isa", [](const Runner& r) { return r.kernels.isa; });
 
@@ -390,10 +408,19 @@ NB_MODULE(_native, m) {
     nb::class_<Linear>(m, "Linear", "One matrix in its run-time layout.")
         .def(nb::new_(&new_linear), "runner"_a, "layout"_a, "data"_a, "rows"_a, "cols"_a, "scale"_a,
              "activations"_a.none(), "bias"_a.none(), "mapped"_a = false)
-        .def_prop_ro("bytes", &Linear::bytes);
+        .def_prop_ro("bytes", &Linear::bytes)
+        .def_prop_ro("layout", &Linear::layout);
 
     nb::class_<RowTable>(m, "RowTable", "Rows of floats, looked up where they lie.")
         .def(nb::new_(&new_row_table), "layout"_a, "data"_a, "rows"_a, "cols"_a, "scale"_a, "drop_pages"_a = false);
+
+    nb::class_<Head>(m, "Head", "The output head.")
+        .def(nb::init<LinearPtr>(), "linear"_a)
+        .def(nb::new_(&quantized_head), "runner"_a, "rows"_a, "bits"_a, "exact"_a.none() = nb::none())
+        .def_prop_ro("bytes", &Head::bytes)
+        .def_prop_ro("layout", [](const Head& h) { return h.linear().layout(); })
+        .def_prop_ro("rescored_rows", &Head::rescored_rows)
+        .def_prop_ro("screened_tokens", &Head::screened_tokens);
 
     nb::class_<Decoder>(m, "Decoder", "The whole forward step.")
         .def("__init__", &init_decoder, "runner"_a, "shape"_a, "embedding"_a, "layers"_a, "final_norm"_a, "head"_a,

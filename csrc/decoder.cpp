@@ -8,10 +8,20 @@
 namespace tritkit {
 namespace {
 
+Runtime ternary_layout(const std::string& name, const Kernels& kernels) {
+    if (name.empty()) return kernels.base3 ? Runtime::kTernary3 : Runtime::kTernary;
+    if (name == "t16_2") return Runtime::kTernary;
+    if (name == "t16_3") return Runtime::kTernary3;
+    throw std::invalid_argument("layout is '" + name + "', expected t16_2, t16_3 or None");
+}
+
 constexpr int kHeadTokens = 16;  // tokens whose logits exist at the same time
 constexpr int kChunkRows = 64;   // rows of a linear that are dealt out together: tiles for four streams
 
 }  // namespace
+
+Runner::Runner(int threads, const std::string& isa, const std::string& layout)
+    : pool(threads), kernels(kernels_for(isa)), ternary(ternary_layout(layout, kernels)) {}
 
 Gate gate_activation(const std::string& name) {
     if (name == "silu") return Gate::kSilu;
@@ -33,14 +43,15 @@ struct Decoder::Workspace {
           attended(capacity, d.shape_.heads.heads * d.shape_.heads.head_dim),
           gated(capacity, d.shape_.intermediate_size),
           final_normed(std::min(capacity, kHeadTokens), d.shape_.hidden_size),
-          scratch(static_cast<size_t>(d.runner_->pool.size())) {
+          scratch(static_cast<size_t>(d.runner_->pool.size())),
+          screening{std::vector<float>(scratch.size() * kHeadTokens)} {
         for (const Layer& layer : d.layers_) {
             for (const LinearPtr& linear : {layer.q, layer.k, layer.v, layer.gate, layer.up})
                 normed.reserve(linear->activations());
             attended.reserve(layer.o->activations());
             gated.reserve(layer.down->activations());
         }
-        final_normed.reserve(d.head_->activations());
+        d.head_->reserve(final_normed);
         for (Linear::Scratch& s : scratch) {
             for (const Layer& layer : d.layers_)
                 for (const LinearPtr& linear : {layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down})
@@ -54,6 +65,7 @@ struct Decoder::Workspace {
     AlignedArray<float> q, k, v, up, logits;
     Activations normed, attended, gated, final_normed;
     std::vector<Linear::Scratch> scratch;  // per thread
+    Head::Scratch screening;
 };
 
 /// What is wanted of one token of the batch.
@@ -62,10 +74,11 @@ struct Decoder::Output {
     float* logits;  // null: the likelihood of target
     int target;
     float* nll;
+    bool may_screen;  // a next token is drawn from these logits: the low ones need not be exact
 };
 
 Decoder::Decoder(std::shared_ptr<Runner> runner, const DecoderShape& shape, RowsPtr embedding,
-                 std::vector<Layer> layers, Norm final_norm, LinearPtr head, int kv_bits)
+                 std::vector<Layer> layers, Norm final_norm, HeadPtr head, int kv_bits)
     : runner_(std::move(runner)),
       shape_(shape),
       embedding_(std::move(embedding)),
@@ -165,7 +178,8 @@ void Decoder::step(const std::vector<Job>& jobs) {
                             : job.want == Want::kAll ? job.out + static_cast<ptrdiff_t>(t) * shape_.vocab_size
                                                      : job.out;
             const bool nll = job.want == Want::kNll;
-            outputs.push_back({first + t, logits, nll ? job.targets[t] : -1, nll ? job.out + t : nullptr});
+            outputs.push_back(
+                {first + t, logits, nll ? job.targets[t] : -1, nll ? job.out + t : nullptr, job.want == Want::kLast});
         }
         first += job.count;
     }
@@ -259,15 +273,17 @@ void Decoder::run_head(Team& team, const std::vector<Output>& outputs, Workspace
     for (size_t begin = 0; begin < outputs.size(); begin += static_cast<size_t>(chunk)) {
         const int n = std::min(chunk, static_cast<int>(outputs.size() - begin));
         const Output* part = outputs.data() + begin;
-        const Range mine = team.share(n), rows = head_->share(team);
+        const bool all_exact = std::any_of(part, part + n, [](const Output& o) { return !o.may_screen; });
+        const Range mine = team.share(n), rows = team.share(static_cast<int>(vocab));
         for (int i = mine.begin; i < mine.end; ++i) {
             norm(w.hidden.data() + static_cast<ptrdiff_t>(part[i].token) * shape_.hidden_size, final_norm_,
                  w.final_normed.row(i));
             w.final_normed.quantize(i, runner_->kernels);
         }
         team.barrier();
-        head_->apply(rows, w.final_normed, n, w.logits.data(), vocab, Linear::Write::kStore,
-                     w.scratch[static_cast<size_t>(team.rank)]);
+        head_->run(team, w.final_normed, n, all_exact, w.logits.data(), vocab,
+                   w.scratch[static_cast<size_t>(team.rank)], w.screening);
+        team.barrier();
         for (int i = 0; i < n; ++i) {
             const float* logits = w.logits.data() + i * vocab;
             if (part[i].logits && !rows.empty())

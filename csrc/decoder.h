@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "head.h"
 #include "kernels.h"
 #include "kv_pages.h"
 #include "linear.h"
@@ -20,10 +21,12 @@ namespace tritkit {
 
 /// The threads, the memory and the kernels that everything of one engine uses.
 struct Runner {
-    Runner(int threads, const std::string& isa) : pool(threads), kernels(kernels_for(isa)) {}
+    /// ternary: "t16_2", "t16_3" or "", the faster one. Throws std::invalid_argument.
+    Runner(int threads, const std::string& isa, const std::string& ternary = "");
     Pool pool;
     Arena arena;
     const Kernels& kernels;
+    Runtime ternary;  // where ternary codes go
 };
 
 enum class Gate { kSilu, kRelu2 };
@@ -38,8 +41,6 @@ struct DecoderShape {
     int context_length;
 };
 
-using LinearPtr = std::shared_ptr<const Linear>;
-using RowsPtr = std::shared_ptr<const RowTable>;
 using Norm = std::vector<float>;  // empty: none
 
 struct Layer {
@@ -62,7 +63,7 @@ struct Job {
 class Decoder {
  public:
     Decoder(std::shared_ptr<Runner> runner, const DecoderShape& shape, RowsPtr embedding, std::vector<Layer> layers,
-            Norm final_norm, LinearPtr head, int kv_bits);
+            Norm final_norm, HeadPtr head, int kv_bits);
 
     int create();
     int fork(int sequence);
@@ -98,7 +99,7 @@ class Decoder {
     RowsPtr embedding_;
     std::vector<Layer> layers_;
     Norm final_norm_;
-    LinearPtr head_;
+    HeadPtr head_;
     KvPages pages_;
     Attention attention_;
     std::shared_ptr<Workspace> workspace_;

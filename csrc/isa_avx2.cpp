@@ -260,6 +260,7 @@ extern const Kernels kAvx2;
 const Kernels kAvx2 = {
     "avx2",
     supported,
+    false,
     quantize_row,
     {matmul_tiles<V, Bits<1>>, matmul_tiles<V, Bits<2>>, matmul_tiles<V, Trits>, matmul_tiles<V, Bits<4>>,
      matmul_tiles<V, Bits<8>>},

@@ -295,6 +295,7 @@ extern const Kernels kAvx512;
 const Kernels kAvx512 = {
     "avx512",
     supported,
+    true,
     quantize_row,
     {matmul_tiles<V, Bits<1>>, matmul_tiles<V, Bits<2>>, matmul_tiles<V, Trits>, matmul_tiles<V, Bits<4>>,
      matmul_tiles<V, Bits<8>>},

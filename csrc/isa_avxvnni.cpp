@@ -74,6 +74,7 @@ extern const Kernels kAvxVnni;
 const Kernels kAvxVnni = {
     "avxvnni",
     supported,
+    false,
     nullptr,
     {matmul_tiles<V, Bits<1>>, matmul_tiles<V, Bits<2>>, matmul_tiles<V, Trits>, matmul_tiles<V, Bits<4>>,
      matmul_tiles<V, Bits<8>>},

@@ -216,6 +216,7 @@ extern const Kernels kNeon;
 const Kernels kNeon = {
     "neon",
     supported,
+    false,
     quantize_row,
     {matmul_tiles<V, Bits<1>>, matmul_tiles<V, Bits<2>>, matmul_tiles<V, Trits>, matmul_tiles<V, Bits<4>>,
      matmul_tiles<V, Bits<8>>},

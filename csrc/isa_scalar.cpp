@@ -235,6 +235,7 @@ extern const Kernels kScalar;
 const Kernels kScalar = {
     "scalar",
     supported,
+    false,
     quantize_row,
     {matmul_tiles<TileLayout::kT16_1, bits_of<1>>, matmul_tiles<TileLayout::kT16_2, bits_of<2>>,
      matmul_tiles<TileLayout::kT16_3, trit_of>, matmul_tiles<TileLayout::kT16_4, bits_of<4>>,

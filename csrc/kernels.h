@@ -80,6 +80,7 @@ struct FloatProduct {
 struct Kernels {
     const char* isa;
     bool (*supported)();  // may this CPU run it?
+    bool base3;           // is one token with T16-3 bound by memory, like one with T16-2, and so faster?
 
     // A null entry inherits from the row before in the table (dispatch.cpp).
 

@@ -1,7 +1,6 @@
 #include "linear.h"
 
 #include <algorithm>
-#include <cassert>
 #include <stdexcept>
 
 namespace tritkit {
@@ -48,54 +47,133 @@ void Activations::quantize(int token, const Kernels& kernels) const {
     }
 }
 
-Linear::Linear(const Stored& source, float scale, const std::string& activations, const float* bias, Pool& pool,
-               Arena& arena, const Kernels& kernels)
-    : runtime_(source.layout.runtime),
-      rows_(source.rows),
-      columns_(source.columns),
+Linear::Linear(int rows, int columns, ActivationFormat activations, const float* bias)
+    : rows_(rows), columns_(columns), activations_(activations) {
+    if (bias) bias_.assign(bias, bias + rows);
+}
+
+ptrdiff_t Linear::waiting_sums(int tokens, int threads) const {
+    const ptrdiff_t tiles = (rows_ + kTileRows - 1) / kTileRows;
+    const ptrdiff_t largest_share = (tiles + threads - 1) / threads * kTileRows;
+    const ptrdiff_t size = std::min(tokens, kFewTokens) * largest_share;
+    return tokens > kFewTokens ? std::max(size, static_cast<ptrdiff_t>(tokens) * kPanelRows) : size;
+}
+
+template <class Sum, class Product, class Scale>
+void Linear::by_panels(Range mine, int tokens, float* out, ptrdiff_t out_stride, Write write, const Sum* sums,
+                       const float* row_scales, Product product, Scale scale) const noexcept {
+    const int panel = tokens <= kFewTokens ? std::max(mine.end - mine.begin, 1) : kPanelRows;
+    const ptrdiff_t stride = round_up(panel, kTileRows);
+    const float* bias = bias_.empty() ? nullptr : bias_.data();
+    for (int begin = mine.begin; begin < mine.end; begin += panel) {
+        const Range rows{begin, std::min(begin + panel, mine.end)};
+        product(rows, stride);
+        for (int t = 0; t < tokens; ++t) {
+            const Sum* from = sums + t * stride - rows.begin;
+            float* y = out + t * out_stride;
+            const float of_token = scale(t);
+            for (int r = rows.begin; r < rows.end; ++r) {
+                const float factor = row_scales ? of_token * row_scales[r] : of_token;
+                const float value = static_cast<float>(from[r]) * factor + (bias ? bias[r] : 0.0f);
+                y[r] = write == Write::kAdd ? y[r] + value : value;
+            }
+        }
+    }
+}
+
+TileLinear::TileLinear(const Stored& source, Runtime runtime, float scale, const std::string& activations,
+                       const float* bias, Pool& pool, Arena& arena, const Kernels& kernels)
+    : Linear(source.rows, source.columns, activation_format(activations), bias),
+      offset_(1),  // ternary: code - 1; binary: 2 * code - 1
       scale_(scale),
-      activations_(activation_format(activations)),
       kernels_(&kernels) {
-    if (is_float(runtime_) != (activations_ == ActivationFormat::kFloat))
-        throw std::invalid_argument("activations is '" + activations + "' for layout " + source.layout.name +
-                                    ", expected " + (is_float(runtime_) ? "None" : "a8 or a8_q128"));
-    if (!is_float(runtime_) && columns_ > kMaxColumns)
+    if (activations_ == ActivationFormat::kFloat)
+        throw std::invalid_argument("activations is None for layout " + std::string(source.layout.name) +
+                                    ", expected a8 or a8_q128");
+    if (columns_ > kMaxColumns)
         throw std::invalid_argument("there are " + std::to_string(columns_) + " columns, more than the " +
                                     std::to_string(kMaxColumns) + " whose products are sure to fit 32 bits");
-    if (bias) bias_.assign(bias, bias + rows_);
-    weights_ = runs_in_place(source.layout, source.bytes.data(), columns_) ? source.bytes
-                                                                           : repack(source, runtime_, pool, arena);
+    planes_.push_back(
+        {tile_layout(runtime), runtime == Runtime::kBinary ? 1 : 0, repack(source, runtime, pool, arena)});
 }
 
-int64_t Linear::needed_bytes(const Stored& source, const Kernels&) {
-    if (runs_in_place(source.layout, source.bytes.data(), source.columns)) return 0;
-    const int64_t tiles = (source.rows + kTileRows - 1) / kTileRows;
-    return tiles * tile_bytes(source.layout.runtime, source.columns);
+TileLinear::TileLinear(RowIntegers codes, const Kernels& kernels)
+    : Linear(codes.rows, codes.columns, ActivationFormat::kA8, nullptr),
+      planes_(std::move(codes.planes)),
+      offset_(codes.offset),
+      row_scales_(std::move(codes.scales)),
+      kernels_(&kernels) {}
+
+size_t TileLinear::bytes() const {
+    size_t bytes = row_scales_.size() * sizeof(float);
+    for (const Plane& plane : planes_) bytes += plane.tiles.size();
+    return bytes;
 }
 
-void Linear::integer_product(Range mine, const int8_t* codes, ptrdiff_t code_stride, const int32_t* sums, int tokens,
-                             int32_t* out, ptrdiff_t out_stride, uint8_t* panel) const {
-    const bool ternary = runtime_ == Runtime::kTernary;
-    const TileLayout layout = ternary ? TileLayout::kT16_2 : TileLayout::kT16_1;
-    const TileProduct product{weights_.data(),
-                              blocks_of(layout, columns_),
-                              mine.begin / kTileRows,
-                              (mine.end + kTileRows - 1) / kTileRows,
-                              codes,
-                              code_stride,
-                              sums,
-                              tokens,
-                              out,
-                              out_stride,
-                              ternary ? 0 : 1,
-                              1,
-                              false,
-                              panel};
-    kernels_->matmul_tiles[static_cast<int>(layout)](product);
+std::string TileLinear::layout() const {
+    std::string name;
+    for (const Plane& plane : planes_) name += (name.empty() ? "" : "+") + std::string(facts(plane.layout).name);
+    return name;
 }
 
-void Linear::float_product(Range mine, const float* x, ptrdiff_t x_stride, int tokens, float* out,
-                           ptrdiff_t out_stride) const {
+void TileLinear::integer_product(Range mine, const int8_t* codes, ptrdiff_t code_stride, const int32_t* sums,
+                                 int tokens, int32_t* out, ptrdiff_t out_stride, uint8_t* panel) const {
+    for (const Plane& plane : planes_) {
+        const bool first = &plane == planes_.data();
+        const TileProduct product{plane.tiles.data(),
+                                  blocks_of(plane.layout, columns_),
+                                  mine.begin / kTileRows,
+                                  (mine.end + kTileRows - 1) / kTileRows,
+                                  codes,
+                                  code_stride,
+                                  sums,
+                                  tokens,
+                                  out,
+                                  out_stride,
+                                  plane.shift,
+                                  first ? offset_ : 0,
+                                  !first,
+                                  panel};
+        kernels_->matmul_tiles[static_cast<int>(plane.layout)](product);
+    }
+}
+
+void TileLinear::reserve(int tokens, int threads, Scratch& scratch) const {
+    const size_t sums = static_cast<size_t>(waiting_sums(tokens, threads));
+    if (scratch.integers.size() < sums) scratch.integers.resize(sums);
+    const size_t panel = static_cast<size_t>(kPanelTiles * kTileRows * tritkit::code_stride(columns_));
+    if (tokens > 1 && scratch.panel.size() < panel) scratch.panel = AlignedArray<uint8_t>(panel, false);
+}
+
+void TileLinear::apply(Range mine, const Activations& x, int tokens, float* out, ptrdiff_t out_stride, Write write,
+                       Scratch& scratch) const noexcept {
+    const Activations::Codes& c = x.codes(activations_);
+    by_panels(
+        mine, tokens, out, out_stride, write, scratch.integers.data(),
+        row_scales_.empty() ? nullptr : row_scales_.data(),
+        [&](Range rows, ptrdiff_t stride) {
+            integer_product(rows, c.codes.data(), x.code_stride(), c.sums.data(), tokens, scratch.integers.data(),
+                            stride, scratch.panel.data());
+        },
+        [&](int t) { return scale_ * c.scales[t]; });
+}
+
+FloatLinear::FloatLinear(const Stored& source, float scale, const float* bias, Pool& pool, Arena& arena,
+                         const Kernels& kernels)
+    : Linear(source.rows, source.columns, ActivationFormat::kFloat, bias),
+      runtime_(source.layout.runtime),
+      scale_(scale),
+      weights_(runs_in_place(source.layout, source.bytes.data(), source.columns)
+                   ? source.bytes
+                   : repack(source, source.layout.runtime, pool, arena)),
+      kernels_(&kernels) {}
+
+std::string FloatLinear::layout() const {
+    return runtime_ == Runtime::kF32 ? "f32" : runtime_ == Runtime::kF16 ? "f16" : "bf16";
+}
+
+void FloatLinear::float_product(Range mine, const float* x, ptrdiff_t x_stride, int tokens, float* out,
+                                ptrdiff_t out_stride) const {
     const ptrdiff_t row_stride = round_up(columns_, kFloatPad);
     const FloatProduct product{
         weights_.data(), row_stride, static_cast<int>(row_stride), mine.begin, mine.end, x, x_stride, tokens, out,
@@ -105,49 +183,50 @@ void Linear::float_product(Range mine, const float* x, ptrdiff_t x_stride, int t
                                  : kernels_->matmul_bf16)(product);
 }
 
-void Linear::reserve(int tokens, int threads, Scratch& scratch) const {
-    const ptrdiff_t tiles = (rows_ + kTileRows - 1) / kTileRows;
-    const ptrdiff_t largest_share = (tiles + threads - 1) / threads * kTileRows;
-    ptrdiff_t size = std::min(tokens, kFewTokens) * largest_share;
-    if (tokens > kFewTokens) size = std::max(size, static_cast<ptrdiff_t>(tokens) * kPanelRows);
-    auto grow = [&](auto& sums) { sums.resize(std::max(sums.size(), static_cast<size_t>(size))); };
-    if (is_float(runtime_)) {
-        grow(scratch.floats);
-        return;
-    }
-    grow(scratch.integers);
-    const size_t panel = static_cast<size_t>(kPanelTiles * kTileRows * tritkit::code_stride(columns_));
-    if (tokens > 1 && scratch.panel.size() < panel) scratch.panel = AlignedArray<uint8_t>(panel, false);
+float FloatLinear::row_product(int r, const float* x) const {
+    float sum;
+    float_product({r, r + 1}, x, 0, 1, &sum, 1);
+    return sum * scale_ + (bias_.empty() ? 0.0f : bias_[static_cast<size_t>(r)]);
 }
 
-void Linear::apply(Range mine, const Activations& x, int tokens, float* out, ptrdiff_t out_stride, Write write,
-                   Scratch& scratch) const noexcept {
-    const int panel = tokens <= kFewTokens ? std::max(mine.end - mine.begin, 1) : kPanelRows;
-    const ptrdiff_t stride = round_up(panel, kTileRows);
-    assert((is_float(runtime_) ? scratch.floats.size() : scratch.integers.size()) >=
-           static_cast<size_t>(mine.empty() ? 0 : tokens * stride));
-    const float* bias = bias_.empty() ? nullptr : bias_.data();
-    Range rows;
+void FloatLinear::reserve(int tokens, int threads, Scratch& scratch) const {
+    const size_t sums = static_cast<size_t>(waiting_sums(tokens, threads));
+    if (scratch.floats.size() < sums) scratch.floats.resize(sums);
+}
 
-    auto finish = [&](int t, const auto* sums, float scale) {
-        float* y = out + t * out_stride;
-        for (int r = rows.begin; r < rows.end; ++r) {
-            const float value = static_cast<float>(sums[r - rows.begin]) * scale + (bias ? bias[r] : 0.0f);
-            y[r] = write == Write::kAdd ? y[r] + value : value;
-        }
-    };
-    for (int begin = mine.begin; begin < mine.end; begin += panel) {
-        rows = {begin, std::min(begin + panel, mine.end)};
-        if (is_float(runtime_)) {
+void FloatLinear::apply(Range mine, const Activations& x, int tokens, float* out, ptrdiff_t out_stride, Write write,
+                        Scratch& scratch) const noexcept {
+    by_panels(
+        mine, tokens, out, out_stride, write, scratch.floats.data(), nullptr,
+        [&](Range rows, ptrdiff_t stride) {
             float_product(rows, x.rows(), x.stride(), tokens, scratch.floats.data(), stride);
-            for (int t = 0; t < tokens; ++t) finish(t, scratch.floats.data() + t * stride, scale_);
-        } else {
-            const Activations::Codes& c = x.codes(activations_);
-            integer_product(rows, c.codes.data(), x.code_stride(), c.sums.data(), tokens, scratch.integers.data(),
-                            stride, scratch.panel.data());
-            for (int t = 0; t < tokens; ++t) finish(t, scratch.integers.data() + t * stride, scale_ * c.scales[t]);
-        }
-    }
+        },
+        [&](int) { return scale_; });
+}
+
+namespace {
+
+Runtime runtime_of(const Stored& source, Runtime ternary) {
+    return source.layout.runtime == Runtime::kTernary ? ternary : source.layout.runtime;
+}
+
+}  // namespace
+
+std::shared_ptr<Linear> make_linear(const Stored& source, Runtime ternary, float scale, const std::string& activations,
+                                    const float* bias, Pool& pool, Arena& arena, const Kernels& kernels) {
+    if (!is_float(source.layout.runtime))
+        return std::make_shared<TileLinear>(source, runtime_of(source, ternary), scale, activations, bias, pool, arena,
+                                            kernels);
+    if (!activations.empty())
+        throw std::invalid_argument("activations is '" + activations + "' for layout " + source.layout.name +
+                                    ", expected None");
+    return std::make_shared<FloatLinear>(source, scale, bias, pool, arena, kernels);
+}
+
+int64_t needed_bytes(const Stored& source, Runtime ternary) {
+    if (runs_in_place(source.layout, source.bytes.data(), source.columns)) return 0;
+    const int64_t tiles = (source.rows + kTileRows - 1) / kTileRows;
+    return tiles * tile_bytes(runtime_of(source, ternary), source.columns);
 }
 
 }  // namespace tritkit

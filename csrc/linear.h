@@ -2,12 +2,14 @@
 #pragma once
 
 #include <array>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "kernels.h"
 #include "memory.h"
 #include "repack.h"
+#include "row_integers.h"
 #include "threads.h"
 
 namespace tritkit {
@@ -50,20 +52,18 @@ class Activations {
     std::array<Codes, kIntegerFormats> codes_;
 };
 
+/// A matrix of the model, y = W x + bias, in one of its forms.
 class Linear {
  public:
-    /// bias: null or [rows]. Floats are read where they lie if they can be. Throws std::invalid_argument.
-    Linear(const Stored& source, float scale, const std::string& activations, const float* bias, Pool& pool,
-           Arena& arena, const Kernels& kernels);
-
-    /// What that will allocate.
-    static int64_t needed_bytes(const Stored& source, const Kernels& kernels);
+    virtual ~Linear() = default;
 
     int rows() const { return rows_; }
     int columns() const { return columns_; }
-    Runtime runtime() const { return runtime_; }
     ActivationFormat activations() const { return activations_; }
-    size_t bytes() const { return weights_.size(); }
+    /// What one product with one token reads.
+    virtual size_t bytes() const = 0;
+    /// What the kernels read: "t16_3", "bf16", ...
+    virtual std::string layout() const = 0;
 
     /// The rows that this thread computes: whole tiles.
     Range share(const Team& team) const { return team.share(rows_, kTileRows); }
@@ -76,26 +76,84 @@ class Linear {
         AlignedArray<uint8_t> panel;
     };
     /// Makes room for apply() with up to `tokens` tokens on one of `threads` threads; not inside a parallel region.
-    void reserve(int tokens, int threads, Scratch& scratch) const;
+    virtual void reserve(int tokens, int threads, Scratch& scratch) const = 0;
     /// out[t][r] = (or +=) this(x[t])[r] for the rows of `mine`. `scratch` was reserved.
-    void apply(Range mine, const Activations& x, int tokens, float* out, ptrdiff_t out_stride, Write write,
-               Scratch& scratch) const noexcept;
+    virtual void apply(Range mine, const Activations& x, int tokens, float* out, ptrdiff_t out_stride, Write write,
+                       Scratch& scratch) const noexcept = 0;
 
-    /// The bare sums of the integer product, [tokens, round_up(rows, 16)].
+ protected:
+    Linear(int rows, int columns, ActivationFormat activations, const float* bias);
+    /// How many sums wait at the same time.
+    ptrdiff_t waiting_sums(int tokens, int threads) const;
+    /// Cuts `mine` into panels: product(rows, stride) leaves the sums of a panel, [tokens, stride], in `sums`; then
+    /// out[t][r] = sums[t][r] * scale(t) * row_scales[r] + bias[r].
+    template <class Sum, class Product, class Scale>
+    void by_panels(Range mine, int tokens, float* out, ptrdiff_t out_stride, Write write, const Sum* sums,
+                   const float* row_scales, Product product, Scale scale) const noexcept;
+
+    int rows_, columns_;
+    ActivationFormat activations_;
+    std::vector<float> bias_;
+};
+
+using LinearPtr = std::shared_ptr<const Linear>;
+
+/// Codes of 1 to 8 bits with one scale for the matrix or one for each row: exact integer sums, then the scales.
+class TileLinear : public Linear {
+ public:
+    /// Ternary or binary weights in the layout `runtime`; bias: null or [rows]. Throws std::invalid_argument.
+    TileLinear(const Stored& source, Runtime runtime, float scale, const std::string& activations, const float* bias,
+               Pool& pool, Arena& arena, const Kernels& kernels);
+    TileLinear(RowIntegers codes, const Kernels& kernels);
+
+    size_t bytes() const override;
+    std::string layout() const override;
+    void reserve(int tokens, int threads, Scratch& scratch) const override;
+    void apply(Range mine, const Activations& x, int tokens, float* out, ptrdiff_t out_stride, Write write,
+               Scratch& scratch) const noexcept override;
+
+    /// The bare sums of the integer product, [tokens, out_stride]. out_stride: at least the rows of all tiles of mine.
     void integer_product(Range mine, const int8_t* codes, ptrdiff_t code_stride, const int32_t* sums, int tokens,
                          int32_t* out, ptrdiff_t out_stride, uint8_t* panel) const;
+
+ private:
+    std::vector<Plane> planes_;
+    int offset_;
+    float scale_ = 1.0f;
+    std::vector<float> row_scales_;  // empty: none
+    const Kernels* kernels_;
+};
+
+/// Floats of 32 or 16 bits.
+class FloatLinear : public Linear {
+ public:
+    /// Rows are read where they lie if they can be. Throws std::invalid_argument.
+    FloatLinear(const Stored& source, float scale, const float* bias, Pool& pool, Arena& arena, const Kernels& kernels);
+
+    size_t bytes() const override { return weights_.size(); }
+    std::string layout() const override;
+    void reserve(int tokens, int threads, Scratch& scratch) const override;
+    void apply(Range mine, const Activations& x, int tokens, float* out, ptrdiff_t out_stride, Write write,
+               Scratch& scratch) const noexcept override;
+
+    /// What apply() gives for this row; x as in Activations::row.
+    float row_product(int r, const float* x) const;
 
  private:
     void float_product(Range mine, const float* x, ptrdiff_t x_stride, int tokens, float* out,
                        ptrdiff_t out_stride) const;
 
     Runtime runtime_;
-    int rows_, columns_;
     float scale_;
-    ActivationFormat activations_;
-    std::vector<float> bias_;
     Bytes weights_;
     const Kernels* kernels_;
 };
+
+/// The form that fits the source; `ternary` says where ternary codes go. Throws std::invalid_argument.
+std::shared_ptr<Linear> make_linear(const Stored& source, Runtime ternary, float scale, const std::string& activations,
+                                    const float* bias, Pool& pool, Arena& arena, const Kernels& kernels);
+
+/// What that will allocate.
+int64_t needed_bytes(const Stored& source, Runtime ternary);
 
 }  // namespace tritkit

@@ -205,6 +205,11 @@ const SourceLayout& source_layout(const std::string& name) {
     throw std::invalid_argument("layout is '" + name + "', expected one of " + known);
 }
 
+void pack_codes(TileLayout layout, const uint8_t* codes, int blocks, uint8_t* out) {
+    for (const RuntimeLayout& row : kRuntimes)
+        if (row.tile == layout) row.pack(codes, blocks, out);
+}
+
 TileLayout tile_layout(Runtime layout) { return runtime_layout(layout).tile; }
 
 int64_t tile_bytes(Runtime layout, int columns) {

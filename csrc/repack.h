@@ -46,6 +46,9 @@ const SourceLayout& source_layout(const std::string& name);
 /// How the tiles of a run-time layout look to the kernels. Not for floats.
 TileLayout tile_layout(Runtime layout);
 
+/// Blocks of a tile from its codes, which lie as above.
+void pack_codes(TileLayout layout, const uint8_t* codes, int blocks, uint8_t* out);
+
 /// Bytes of one tile in the run-time layout.
 int64_t tile_bytes(Runtime layout, int columns);
 

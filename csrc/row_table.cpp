@@ -1,5 +1,6 @@
 #include "row_table.h"
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "floats.h"
@@ -38,7 +39,12 @@ void RowTable::copy_row(int r, float* out) const {
         }
         out[k] = value * scale_;
     }
-    if (!drop_pages_ || touched_.fetch_add(row_bytes_ + kFaultAround) < kLargestTouched) return;
+    looked_up(1);
+}
+
+void RowTable::looked_up(int rows) const {
+    const size_t bytes = std::min(static_cast<size_t>(rows) * (row_bytes_ + kFaultAround), data_.size());
+    if (!drop_pages_ || touched_.fetch_add(bytes) < kLargestTouched) return;
     touched_ = 0;
     drop_file_pages(data_.data(), data_.size());
 }

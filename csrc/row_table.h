@@ -20,6 +20,8 @@ class RowTable {
 
     /// Row r times the scale. Any number of threads at once.
     void copy_row(int r, float* out) const;
+    /// So many rows were read where they lie: the pages may leave now and then.
+    void looked_up(int rows) const;
 
  private:
     Runtime layout_;
@@ -30,5 +32,7 @@ class RowTable {
     size_t row_bytes_;
     mutable std::atomic<size_t> touched_{0};  // bytes that lookups have brought in since the pages were last dropped
 };
+
+using RowsPtr = std::shared_ptr<const RowTable>;
 
 }  // namespace tritkit

@@ -102,8 +102,8 @@ void test_rows() {
     try {
         Runner runner(1, "scalar");
         const std::vector<uint8_t> source(static_cast<size_t>(4 * (kMaxColumns + 1)), 0x55);
-        const Linear linear(stored(source_layout("hf_bitlinear"), source, 16, kMaxColumns + 1), 1.0f, "a8", nullptr,
-                            runner.pool, runner.arena, runner.kernels);
+        const TileLinear linear(stored(source_layout("hf_bitlinear"), source, 16, kMaxColumns + 1), Runtime::kTernary,
+                                1.0f, "a8", nullptr, runner.pool, runner.arena, runner.kernels);
     } catch (const std::invalid_argument&) {
         refused = true;
     }
@@ -116,8 +116,8 @@ std::vector<int32_t> integer_product(const char* layout, const char* isa, int ro
     random_numbers.seed(static_cast<unsigned>(rows * 31 + columns * 7 + tokens));
     Runner runner(2, isa);
     const std::vector<uint8_t> source = random_source(source_layout(layout), rows, columns, code);
-    const Linear linear(stored(source_layout(layout), source, rows, columns), 1.0f, "a8", nullptr, runner.pool,
-                        runner.arena, runner.kernels);
+    const TileLinear linear(stored(source_layout(layout), source, rows, columns), source_layout(layout).runtime, 1.0f,
+                            "a8", nullptr, runner.pool, runner.arena, runner.kernels);
     const ptrdiff_t stride = code_stride(columns), out_stride = round_up(rows, kTileRows);
     AlignedArray<int8_t> codes(static_cast<size_t>(tokens * stride));
     std::vector<int32_t> sums(static_cast<size_t>(tokens)), out(static_cast<size_t>(tokens * out_stride));
@@ -354,8 +354,8 @@ std::vector<float> float_product(const char* layout, const char* isa, int rows, 
         else
             std::memcpy(source.data() + 2 * i, &half, 2);
     }
-    const Linear linear(stored(source_layout(layout), source, rows, columns), 1.0f, "", nullptr, runner.pool,
-                        runner.arena, runner.kernels);
+    const FloatLinear linear(stored(source_layout(layout), source, rows, columns), 1.0f, nullptr, runner.pool,
+                             runner.arena, runner.kernels);
     Activations x(tokens, columns);
     for (int t = 0; t < tokens; ++t)
         for (int k = 0; k < columns; ++k) x.row(t)[k] = random_float();
@@ -486,8 +486,8 @@ std::unique_ptr<Decoder> small_decoder(int threads, const char* isa, const std::
     auto runner = std::make_shared<Runner>(threads, isa);
     auto linear = [&](int rows, int columns) {
         const std::vector<uint8_t> source = random_source(source_layout("hf_bitlinear"), rows, columns, -1);
-        return std::make_shared<Linear>(stored(source_layout("hf_bitlinear"), source, rows, columns), 0.05f, "a8",
-                                        nullptr, runner->pool, runner->arena, runner->kernels);
+        return make_linear(stored(source_layout("hf_bitlinear"), source, rows, columns), runner->ternary, 0.05f, "a8",
+                           nullptr, runner->pool, runner->arena, runner->kernels);
     };
     const DecoderShape shape{kVocab, kHidden, kInner, {4, 2, 12}, 10000.0, 1e-5f, Gate::kRelu2, 400};
     std::vector<Layer> layers;
@@ -496,7 +496,8 @@ std::unique_ptr<Decoder> small_decoder(int threads, const char* isa, const std::
                           linear(kInner, kHidden), linear(kInner, kHidden), linear(kHidden, kInner),
                           Norm(kHidden, 1.0f), Norm(kHidden, 0.9f), Norm(48, 1.1f), Norm(kInner, 1.0f)});
     const Stored rows = stored(source_layout("f32"), table, kVocab, kHidden);
-    auto head = std::make_shared<Linear>(rows, 1.0f, "", nullptr, runner->pool, runner->arena, runner->kernels);
+    auto exact = std::make_shared<FloatLinear>(rows, 1.0f, nullptr, runner->pool, runner->arena, runner->kernels);
+    auto head = std::make_shared<Head>(exact);
     auto embedding = std::make_shared<RowTable>(Runtime::kF32, rows.bytes, kVocab, kHidden, 1.0f, false);
     return std::make_unique<Decoder>(runner, shape, embedding, std::move(layers), Norm(kHidden, 1.0f), head, 16);
 }

@@ -65,6 +65,7 @@ def converse(
     engine: str,
     threads: int,
     kv_bits: int | None,
+    head: str | None,
     system: str | None,
     max_tokens: int,
     sampling: Sampling,
@@ -74,7 +75,7 @@ def converse(
 
     A conversation that outgrows the context loses its oldest turns. Up to half of the context is kept for the answer.
     """
-    model = load(folder, engine, threads, kv_bits)
+    model = load(folder, engine, threads, kv_bits, head)
     context = model.engine.context_length
     room = context - max(1, min(max_tokens, context // 2))
     messages: list[Message] = [{"role": "system", "content": system}] if system else []

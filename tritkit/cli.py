@@ -82,6 +82,11 @@ def _engine_options(parser: Parser) -> None:
     parser.add_argument(
         "--kv-bits", type=int, choices=(32, 16, 8, 4, 3), help="bits of a cached key or value (default 16; torch: 32)"
     )
+    parser.add_argument(
+        "--head",
+        choices=("float", "int8", "int6", "int4", "screen"),
+        help="form of the output head (default: screen where it is large; torch: float)",
+    )
 
 
 def _threads(text: str) -> int:
@@ -210,7 +215,7 @@ def generate(arguments: list[str]) -> int:
     from .engine.text import Request, Timing, stream_text
 
     request = Request(options.prompt, options.max_tokens, _sampling(options), tuple(options.stop))
-    model = load(options.model, options.engine, options.threads, options.kv_bits)
+    model = load(options.model, options.engine, options.threads, options.kv_bits, options.head)
     timing = Timing()
     pieces = stream_text(model, request, timing)
     first = next(pieces, "")  # a prompt that is refused is not printed either
@@ -246,6 +251,7 @@ def chat(arguments: list[str]) -> int:
         options.engine,
         options.threads,
         options.kv_bits,
+        options.head,
         options.system,
         options.max_tokens,
         _sampling(options),
@@ -275,7 +281,7 @@ def evaluate(arguments: list[str]) -> int:
     from .evals.perplexity import evaluate as run
     from .tables import print_metrics
 
-    model = load(options.model, options.engine, options.threads, options.kv_bits)
+    model = load(options.model, options.engine, options.threads, options.kv_bits, options.head)
     metrics = run(
         model,
         options.data or None,

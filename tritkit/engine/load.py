@@ -40,27 +40,31 @@ def bundled_folder() -> Path:
 
 
 def load(
-    folder: Path | str | None = None, engine: str = "native", threads: int = 0, kv_bits: int | None = None
+    folder: Path | str | None = None,
+    engine: str = "native",
+    threads: int = 0,
+    kv_bits: int | None = None,
+    head: str | None = None,
 ) -> Model:
     """Open a model folder (none: the bundled model) with the ``native`` or the ``torch`` engine.
 
     threads: 0 uses all usable cores. kv_bits: width of the cached keys and values, 32, 16, 8, 4 or 3; none: 16 with the
-    native engine, 32 with torch, which has no other. ValueError where the folder is no model, the tokenizer does not
-    fit it, or the engine cannot run it.
+    native engine, 32 with torch, which has no other. head: form of the output head, float, int8, int6, int4 or screen;
+    none: screen where it is large, with the native engine, else float. ValueError where the folder is no model, the
+    tokenizer does not fit it, or the engine cannot run it.
     """
     opened = open_folder(folder if folder is not None else bundled_folder())
     tokenizer = opened.tokenizer()
     if engine == "native":
         from .native import NativeEngine
 
-        return Model(
-            opened,
-            NativeEngine(decoder_weights(opened), threads, kv_bits=16 if kv_bits is None else kv_bits),
-            tokenizer,
-        )
+        bits = 16 if kv_bits is None else kv_bits
+        return Model(opened, NativeEngine(decoder_weights(opened), threads, kv_bits=bits, head=head), tokenizer)
     if engine == "torch":
         if kv_bits not in (None, 32):
             raise ValueError(f"kv_bits is {kv_bits}, but the torch engine keeps keys and values at 32 bits")
+        if head not in (None, "float"):
+            raise ValueError(f"head is {head!r}, but the torch engine keeps the output head as it is: float")
         from .torch import TorchEngine
 
         return Model(opened, TorchEngine.open(opened, threads=threads), tokenizer)

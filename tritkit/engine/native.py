@@ -8,10 +8,14 @@ from numpy.typing import NDArray
 
 from tritkit import _native
 from tritkit.engine import Job, checked
-from tritkit.engine.weights import DecoderWeights, LayerWeights, LinearWeights, check
+from tritkit.engine.weights import FLOATS, DecoderWeights, LayerWeights, LinearWeights, check
 from tritkit.memory import available_memory
 
 CHUNK = 256  # tokens in one native call: short enough that Ctrl-C is heard, long enough to be efficient
+LARGE_HEAD = 2**24  # bytes
+# Forms of the output head -> bits of its copy (0: none). float: the weights as they are; screen: 4 bits say which
+# logits could be high, and these are computed from the weights as they are.
+HEADS = {"float": 0, "int8": 8, "int6": 6, "int4": 4, "screen": 4}
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 NORMS = ("input_norm", "post_attention_norm", "attn_sub_norm", "ffn_sub_norm")
 
@@ -27,6 +31,11 @@ class NativeEngine:
     kv_bits: width of the cached keys and values. 32: as computed; 16: float16; 8, 4, 3: codes with a float16 scale for
     each token and head, the first token of a sequence at 8. ValueError for any other.
 
+    head: a form of the output head (HEADS; None: `default_head`). With "screen" the logits that "last" asks for are
+    exact where they are high and those of 4 bits elsewhere; "all" and "nll" are exact.
+
+    layout: of ternary weights, t16_2 or t16_3 (None: the one that is faster with these kernels).
+
     Codes are copied into the layout that the kernels read. Floats are read where they lie, the embedding always and
     linears where their rows are whole vectors; so their arrays must stay as they are while the engine lives. The pages
     of arrays that map a file are given back behind the copying.
@@ -38,30 +47,39 @@ class NativeEngine:
 
     name = "native"
 
-    def __init__(self, weights: DecoderWeights, threads: int = 0, isa: str | None = None, kv_bits: int = 16):
+    def __init__(
+        self,
+        weights: DecoderWeights,
+        threads: int = 0,
+        isa: str | None = None,
+        kv_bits: int = 16,
+        head: str | None = None,
+        layout: str | None = None,
+    ):
         check(weights)
         cores = usable_cores()
         if threads < 0:
             raise ValueError(f"threads is {threads}, expected 0 (all usable cores) or more")
         if threads > cores:
             raise ValueError(f"threads is {threads}, but there are only {cores} usable cores")
-        runner = _native.Runner(threads, isa or "")
-        _require_memory(runner, weights)
+        if head is None:
+            head = default_head(weights)
+        if head not in HEADS:
+            raise ValueError(f"head is {head!r}, expected one of {', '.join(HEADS)}")
+        runner = _native.Runner(threads, isa or "", layout or "")
+        _require_memory(runner, weights, head)
         self.vocab_size = weights.shape.vocab_size
         self.context_length = weights.shape.context_length
         self.isa: str = runner.isa
         self.threads: int = runner.threads
-        embedding, head = weights.embedding, weights.head
         layers = [_layer(runner, f"layers[{i}]", layer) for i, layer in enumerate(weights.layers)]
-        built_head = _linear(runner, "head", embedding if head is None else head)
-        rows = _native.RowTable(
-            embedding.layout,
-            np.ascontiguousarray(embedding.data),
-            embedding.rows,
-            embedding.cols,
-            float(embedding.scale),
-            drop_pages=head is not None and _is_mapped(embedding.data),
-        )
+        tied = weights.head is None
+        rows = _rows(weights.embedding, drop_pages=not tied or head != "float")
+        built_head = _head(runner, head, weights.embedding if weights.head is None else weights.head, rows, tied)
+        self.head: str = head
+        self.head_layout: str = built_head.layout
+        self._head: _native.Head | None = built_head
+        self.layout: str = "+".join(sorted({layer[name].layout for layer in layers for name in LINEARS}))
         self._open: _native.Decoder | None = _native.Decoder(
             runner,
             dataclasses.asdict(weights.shape),
@@ -81,7 +99,7 @@ class NativeEngine:
 
     def close(self) -> None:
         """Frees memory and threads. Once is enough, more does no harm; the engine cannot be used afterwards."""
-        self._open = None
+        self._open = self._head = None
 
     def __enter__(self) -> "NativeEngine":
         return self
@@ -93,6 +111,12 @@ class NativeEngine:
     def bytes_per_token(self) -> int:
         """Bytes of weights, in the layouts of the kernels, that decoding one token reads."""
         return self._decoder.bytes_per_token
+
+    @property
+    def rescored_rows(self) -> float:
+        """Logits that a screened head computed again, on average for each token; 0 without screening."""
+        head = self._head
+        return head.rescored_rows / head.screened_tokens if head is not None and head.screened_tokens else 0.0
 
     @property
     def kv_bytes_per_position(self) -> float:
@@ -152,6 +176,27 @@ def _linear(runner: _native.Runner, name: str, w: LinearWeights) -> _native.Line
         raise ValueError(f"{name}: {error}") from None
 
 
+def default_head(weights: DecoderWeights) -> str:
+    """The form of the output head where none is asked for: large ones are screened, small ones left as they are."""
+    w = weights.embedding if weights.head is None else weights.head
+    return "screen" if w.layout in FLOATS and w.bias is None and w.data.nbytes >= LARGE_HEAD else "float"
+
+
+def _rows(w: LinearWeights, drop_pages: bool) -> _native.RowTable:
+    data = np.ascontiguousarray(w.data)
+    return _native.RowTable(w.layout, data, w.rows, w.cols, float(w.scale), drop_pages and _is_mapped(w.data))
+
+
+def _head(runner: _native.Runner, kind: str, w: LinearWeights, embedding: _native.RowTable, tied: bool) -> _native.Head:
+    if kind == "float":
+        return _native.Head(_linear(runner, "head", w))
+    if w.layout not in FLOATS or w.bias is not None:
+        raise ValueError(f"head is {kind!r}, but only a head of floats without a bias can be made smaller")
+    rows = embedding if tied else _rows(w, drop_pages=True)
+    exact = _linear(runner, "head", w) if kind == "screen" else None
+    return _native.Head(runner, rows, HEADS[kind], exact)
+
+
 def _is_mapped(data: NDArray | None) -> bool:
     """Whether the array is a part of a file that is mapped for reading, whose pages can come from there again."""
     while isinstance(data, np.ndarray):
@@ -161,11 +206,14 @@ def _is_mapped(data: NDArray | None) -> bool:
     return False
 
 
-def _require_memory(runner: _native.Runner, weights: DecoderWeights) -> None:
+def _require_memory(runner: _native.Runner, weights: DecoderWeights, head: str) -> None:
     """MemoryError where the copies of the weights are larger than the memory that there is."""
     linears = [getattr(layer, name) for layer in weights.layers for name in LINEARS]
-    linears.append(weights.embedding if weights.head is None else weights.head)
-    needed = sum(_native.runtime_bytes(runner, w.layout, w.data, w.rows, w.cols) for w in linears)
+    output = weights.embedding if weights.head is None else weights.head
+    if head in ("float", "screen"):
+        linears.append(output)
+    needed = output.rows * output.cols * HEADS[head] // 8
+    needed += sum(_native.runtime_bytes(runner, w.layout, w.data, w.rows, w.cols) for w in linears)
     available = available_memory()
     if available is not None and needed > available:
         raise MemoryError(

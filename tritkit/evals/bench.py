@@ -22,7 +22,7 @@ from .speed import TESTS, Ours, Work, report, take_turns
 LLAMA_BENCH = Work()  # pp512, tg128
 
 # What the native engine may be asked for: options here, arguments of NativeEngine there.
-ENGINE_OPTIONS = ("kv_bits",)
+ENGINE_OPTIONS = ("kv_bits", "head", "layout")
 
 # The keys that the JSON line always has, in this order; more follow.
 KEYS = (
@@ -39,6 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, default=0, help="decode behind so many tokens (default 0)")
     parser.add_argument("--batch", type=int, default=1, help="sequences that decode together (default 1)")
     parser.add_argument("--repeat", type=int, default=5, help="samples that count (default 5)")
+    parser.add_argument("--layout", choices=("t16_2", "t16_3"), help="of ternary weights (default: the faster one here)")
     parser.add_argument("--peer", choices=peer.PEERS, help="run the same shape there too, turn by turn")
     parser.add_argument("--json", action="store_true", help="only the line of JSON")
     parser.add_argument("--no-record", action="store_true", help="do not add the numbers to results.json")
@@ -50,8 +51,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("give either a model folder or --shape, not both")
     if options.repeat < 1:
         raise ValueError(f"--repeat is {options.repeat}, expected at least 1")
-    names = ("kv_bits", *ENGINE_OPTIONS)
-    asked = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    asked = {name: getattr(options, name) for name in ENGINE_OPTIONS if getattr(options, name) is not None}
     with _model(options) as (name, folder, config):
         rows, machine = measure(
             *(name, folder, config, _work(options, config)),

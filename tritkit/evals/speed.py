@@ -107,13 +107,12 @@ class Ours(Contestant):
             from ..engine.native import NativeEngine
 
             native = NativeEngine(decoder_weights(opened), threads=threads, **options)
-            layouts = {"ternary": "t16_2", "binary": "t16_1", None: "floats"}
             self.facts = {
                 "engine": "tritkit",
                 "threads": native.threads,
                 "isa": native.isa,
-                "layout": layouts[opened.config.weights],
-                "head": opened.tensors[_head(opened.config)].dtype.lower(),
+                "layout": native.layout,
+                "head": native.head,
                 "kv_bits": native.kv_bits,
                 "weight_bytes": native.bytes_per_token,
                 "kv_bytes": native.kv_bytes_per_position,
@@ -159,10 +158,6 @@ class Ours(Contestant):
         ids = self._chance.integers(0, self.engine.vocab_size, (len(sequences), tokens)).astype(np.int32)
         self.engine.step([Job(s, row, "last") for s, row in zip(sequences, ids, strict=True)])
         yield
-
-
-def _head(config: ModelConfig) -> str:
-    return "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
 
 
 @dataclass

@@ -1,0 +1,135 @@
+#include "row_integers.h"
+
+#include <atomic>
+#include <cmath>
+#include <stdexcept>
+
+#include "kernels.h"
+#include "repack.h"
+
+namespace tritkit {
+namespace {
+
+// With few codes it pays to clip the largest weights: shares of the largest one that is kept.
+constexpr float kShares[] = {1.0f, 0.85f, 0.7f, 0.58f, 0.48f};
+
+/// Rounds halves to even, as adding and taking away 1.5 * 2^23 does; |value| < 2^22. Written so that it vectorizes.
+int round_to_int(float value) {
+    const float shifted = value + 12582912.0f;
+    int32_t bits;
+    std::memcpy(&bits, &shifted, sizeof bits);
+    return bits - 0x4b400000;
+}
+
+int code_of(float weight, float inverse, float low, float high) {
+    float value = weight * inverse;
+    value = value < low ? low : value;
+    return round_to_int(value > high ? high : value);
+}
+
+float squared_error(const float* row, int columns, float scale, float low, float high) {
+    const float inverse = 1.0f / scale;
+    float partial[8] = {};
+    for (int k = 0; k < columns; ++k) {
+        const float difference = row[k] - scale * static_cast<float>(code_of(row[k], inverse, low, high));
+        partial[k % 8] += difference * difference;
+    }
+    float sum = 0.0f;
+    for (float part : partial) sum += part;
+    return sum;
+}
+
+float absolute_maximum(const float* row, int columns) {
+    float partial[8] = {};
+    for (int k = 0; k < columns; ++k) {
+        const float size = std::fabs(row[k]);
+        partial[k % 8] = size > partial[k % 8] ? size : partial[k % 8];
+    }
+    float largest = 0.0f;
+    for (float part : partial) largest = part > largest ? part : largest;
+    return largest;
+}
+
+struct Chosen {
+    float scale, error;
+};
+
+Chosen choose_scale(const float* row, int columns, int bits) {
+    const float half = static_cast<float>(1 << (bits - 1)), largest = absolute_maximum(row, columns);
+    if (largest == 0.0f) return {1.0f, 0.0f};
+    Chosen best{0.0f, INFINITY};
+    for (float share : kShares) {
+        const float scale = largest * share / (half - 1.0f);
+        const float error = squared_error(row, columns, scale, -half, half - 1.0f);
+        if (error < best.error) best = {scale, error};
+        if (bits > 4) break;
+    }
+    return best;
+}
+
+std::vector<Plane> planes_of(int bits, int rows, int columns, Arena& arena, std::vector<uint8_t*>& data) {
+    std::vector<Plane> planes;
+    const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+    auto add = [&](TileLayout layout, int shift) {
+        uint8_t* bytes = nullptr;
+        const int64_t size = tiles * blocks_of(layout, columns) * kBlockBytes;
+        planes.push_back({layout, shift, arena.allocate(static_cast<size_t>(size), bytes)});
+        data.push_back(bytes);
+    };
+    if (bits == 8) add(TileLayout::kT16_8, 0);
+    if (bits < 8) add(TileLayout::kT16_4, bits - 4);
+    if (bits == 6) add(TileLayout::kT16_2, 0);
+    return planes;
+}
+
+}  // namespace
+
+RowIntegers quantize_rows(const RowTable& source, int bits, Pool& pool, Arena& arena) {
+    if (bits != 4 && bits != 6 && bits != 8)
+        throw std::invalid_argument("rows can have 4, 6 or 8 bits, not " + std::to_string(bits));
+    const int rows = source.rows(), columns = source.columns(), half = 1 << (bits - 1);
+    std::vector<uint8_t*> data;
+    RowIntegers out{rows, columns, half, planes_of(bits, rows, columns, arena, data), {}, {}, {}};
+    out.scales.resize(static_cast<size_t>(rows));
+    out.norms.resize(static_cast<size_t>(rows));
+    out.errors.resize(static_cast<size_t>(rows));
+    const ptrdiff_t padded = code_stride(columns);
+    std::atomic<bool> finite{true};
+    pool.run([&](Team& team) {
+        std::vector<float> row(static_cast<size_t>(columns));
+        std::vector<uint8_t> codes(static_cast<size_t>(padded * kTileRows)), part(codes.size());
+        const Range tiles = team.share((rows + kTileRows - 1) / kTileRows);
+        for (int tile = tiles.begin; tile < tiles.end; ++tile) {
+            std::fill(codes.begin(), codes.end(), static_cast<uint8_t>(half));
+            for (int r = tile * kTileRows; r < rows && r < (tile + 1) * kTileRows; ++r) {
+                source.copy_row(r, row.data());
+                const auto [scale, error] = choose_scale(row.data(), columns, bits);
+                double squares = 0.0;
+                for (float weight : row) squares += static_cast<double>(weight) * weight;
+                if (!std::isfinite(squares)) finite = false;
+                out.scales[r] = scale;
+                out.norms[r] = static_cast<float>(std::sqrt(squares));
+                out.errors[r] = std::sqrt(error);
+                const float inverse = 1.0f / scale, low = static_cast<float>(-half),
+                            high = static_cast<float>(half - 1);
+                uint8_t* to = codes.data() + 4 * (r % kTileRows);
+                for (int k = 0; k < columns; ++k)
+                    to[k / 4 * kBlockBytes + k % 4] =
+                        static_cast<uint8_t>(code_of(row[static_cast<size_t>(k)], inverse, low, high) + half);
+            }
+            for (size_t i = 0; i < out.planes.size(); ++i) {
+                const Plane& plane = out.planes[i];
+                const unsigned mask = static_cast<unsigned>(facts(plane.layout).levels - 1);
+                for (size_t at = 0; at < codes.size(); ++at)
+                    part[at] = static_cast<uint8_t>(codes[at] >> plane.shift & mask);
+                const int blocks = blocks_of(plane.layout, columns);
+                pack_codes(plane.layout, part.data(), blocks,
+                           data[i] + static_cast<ptrdiff_t>(tile) * blocks * kBlockBytes);
+            }
+        }
+    });
+    if (!finite) throw std::invalid_argument("the rows hold a value that is not finite");
+    return out;
+}
+
+}  // namespace tritkit
