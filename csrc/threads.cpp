@@ -14,7 +14,7 @@
 namespace tritkit {
 namespace {
 
-constexpr auto kSpin = std::chrono::microseconds(50);
+constexpr auto kSpin = std::chrono::microseconds(20);
 constexpr int kMaxThreads = 1024;
 
 void relax() {
@@ -37,14 +37,14 @@ void Signal::advance() {
 }
 
 void Signal::wait_beyond(uint32_t seen) {
+    // No yield: where another process wants this core, that gives it a whole time slice, and everybody here waits for
+    // it.
     const auto deadline = std::chrono::steady_clock::now() + kSpin;
     do {
         for (int i = 0; i < 32; ++i) {
             if (word_.load(std::memory_order_acquire) != seen) return;
             relax();
         }
-        // The one we wait for may have been put on our own core, behind us.
-        std::this_thread::yield();
     } while (std::chrono::steady_clock::now() < deadline);
     std::unique_lock lock(mutex_);
     ++sleepers_;

@@ -1,5 +1,5 @@
 // A persistent pool of threads that all run the same function (SPMD) and meet at barriers.
-// Waiting spins for some 50 us, since the next meeting is near, then sleeps, since other people need the machine too.
+// Waiting spins for some 20 us, since the next meeting is near, then sleeps, since other people need the machine too.
 #pragma once
 
 #include <atomic>

@@ -8,7 +8,7 @@ from decoder_reference import random_decoder
 
 import tritkit
 from tritkit import _native
-from tritkit.engine import Job
+from tritkit.engine import Job, native
 from tritkit.engine.native import NativeEngine
 
 THETA = 10000.0
@@ -132,7 +132,8 @@ def test_extreme_values(bits):
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_cuts_threads_and_batches_change_nothing(weights, bits):
+def test_cuts_threads_and_batches_change_nothing(weights, bits, monkeypatch):
+    monkeypatch.setattr(native, "usable_cores", lambda: 3)
     tokens = tokens_of(330)
     whole = run(NativeEngine(weights, threads=1, kv_bits=bits), tokens)
     engine = NativeEngine(weights, threads=3, kv_bits=bits)
