@@ -50,8 +50,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("give either a model folder or --shape, not both")
     if options.repeat < 1:
         raise ValueError(f"--repeat is {options.repeat}, expected at least 1")
-    names = ("kv_bits", *ENGINE_OPTIONS)
-    asked = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    asked = {name: getattr(options, name) for name in ENGINE_OPTIONS if getattr(options, name) is not None}
     with _model(options) as (name, folder, config):
         rows, machine = measure(
             *(name, folder, config, _work(options, config)),
