@@ -238,6 +238,20 @@ def test_the_reader_refuses_what_it_cannot_read():
     assert all(rate > 0 for rate in _native.integer_peak(runner, 1e-4))
 
 
+def test_what_is_read_is_real_memory():
+    """Pages that were never written are all the same page, and it comes from the cache."""
+    if not Path("/proc/self/statm").is_file():
+        pytest.skip("this system does not say how much memory is resident")
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident()
+    reader = _native.MemoryReader(_native.Runner(2, "scalar"), 64 << 20)
+    assert resident() - before > 60 << 20
+    assert reader.read(1, 0) > 0
+
+
 def test_products_are_timed_and_drawn():
     runner = _native.Runner(1, "scalar")
 
