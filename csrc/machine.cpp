@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -44,8 +45,12 @@ std::vector<double> integer_peak(Runner& runner, double seconds) {
 MemoryReader::MemoryReader(std::shared_ptr<Runner> runner, size_t bytes)
     : runner_(std::move(runner)),
       part_(part_bytes(bytes, runner_->pool.size())),
-      bytes_(part_ * static_cast<size_t>(runner_->pool.size())),
-      sums_(static_cast<size_t>(runner_->pool.size())) {}
+      bytes_(part_ * static_cast<size_t>(runner_->pool.size()), false),
+      sums_(static_cast<size_t>(runner_->pool.size())) {
+    // Memory that was never written is one page of zeros, which the cache holds.
+    runner_->pool.run(
+        [&](Team& team) { std::memset(bytes_.data() + static_cast<size_t>(team.rank) * part_, 1 + team.rank, part_); });
+}
 
 double MemoryReader::pass(int streams, int ahead) {
     if (streams != 1 && streams != 2 && streams != 4 && streams != kMostStreams)

@@ -3,11 +3,13 @@
 import importlib.util
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -234,3 +236,46 @@ def test_the_reader_refuses_what_it_cannot_read():
     with pytest.raises(ValueError, match="too small"):
         _native.MemoryReader(runner, 512)
     assert all(rate > 0 for rate in _native.integer_peak(runner, 1e-4))
+
+
+def test_what_is_read_is_real_memory():
+    """Pages that were never written are all the same page, and it comes from the cache."""
+    if not Path("/proc/self/statm").is_file():
+        pytest.skip("this system does not say how much memory is resident")
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident()
+    reader = _native.MemoryReader(_native.Runner(2, "scalar"), 64 << 20)
+    assert resident() - before > 60 << 20
+    assert reader.read(1, 0) > 0
+
+
+def test_products_are_timed_and_drawn():
+    runner = _native.Runner(1, "scalar")
+
+    def linear(rows: int):
+        return _native.Linear(
+            runner, "hf_autobitlinear", np.zeros((rows // 4, 32), np.uint8), rows, 32, 1.0, "a8", None
+        )
+
+    seconds = _native.product_seconds(runner, [linear(16), linear(16)], 3, 4)
+    assert len(seconds) == 4 and min(seconds) > 0
+    with pytest.raises(ValueError, match="several shapes"):
+        _native.product_seconds(runner, [linear(16), linear(32)], 3, 1)
+    with pytest.raises(ValueError, match="nothing to multiply"):
+        _native.product_seconds(runner, [], 1, 1)
+
+
+def test_the_roofline_is_an_svg():
+    import xml.etree.ElementTree as xml
+
+    path = Path(__file__).parent.parent / "benchmarks" / "roofline.py"
+    roofline = runpy.run_path(str(path))
+    curves = roofline["curves_of"](SHAPES["bitnet-2b4t"])
+    assert [(c.rows, c.columns) for c in curves] == [(2560, 2560), (640, 2560), (6912, 2560), (2560, 6912)]
+    for curve in curves:
+        curve.shares, curve.by_memory = [0.5] * 8, [True] * 8
+    svg = xml.fromstring(roofline["draw_svg"]("a title", "a machine", curves))
+    assert len(svg.findall("{http://www.w3.org/2000/svg}circle")) == 8 * len(curves)
