@@ -33,13 +33,13 @@ class Limits:
     def look(self) -> Look:
         """Some passes over the buffer in every way, and between them runs of the peak loop."""
         reads: dict[tuple[int, int], list[float]] = {(s, a): [] for s in STREAMS for a in AHEAD}
-        began, waited = time.perf_counter(), _waited()
+        began, waited = time.perf_counter(), waited_seconds()
         peaks = [self._peak()]
         for _ in range(PASSES):
             for (streams, ahead), rates in reads.items():
                 rates.append(self.reader.read(streams, ahead))
             peaks.append(self._peak())
-        waited = (_waited() - waited) / (time.perf_counter() - began) / self._runner.threads
+        waited = (waited_seconds() - waited) / (time.perf_counter() - began) / self._runner.threads
         return Look(reads, max(peaks, key=sum), min(min(peak) for peak in peaks), waited)
 
     def _peak(self) -> list[float]:
@@ -136,7 +136,7 @@ class Stopwatch:
         steps = iter(steps)
         over = False
         while not over:
-            wait, energy = _waited(), _energy(self._counters)
+            wait, energy = waited_seconds(), _energy(self._counters)
             begin = time.perf_counter()
             for _ in steps:
                 if time.perf_counter() - begin > PIECE_SECONDS:
@@ -144,7 +144,7 @@ class Stopwatch:
             else:
                 over = True
             seconds += time.perf_counter() - begin
-            waited += _waited() - wait
+            waited += waited_seconds() - wait
             if joules is not None:
                 joules += _spent(energy, _energy(self._counters), self._counters)
             peak = min(peak, self._probe())
@@ -155,7 +155,7 @@ class Stopwatch:
         return min(max((_native.integer_peak(self._runner, PROBE_SECONDS) for _ in range(2)), key=min))
 
 
-def _waited() -> float:
+def waited_seconds() -> float:
     """Seconds that the threads of this process have stood in line for a core so far; 0 where nobody counts them."""
     total = 0
     for file in Path("/proc/self/task").glob("*/schedstat"):
