@@ -21,9 +21,9 @@ from rich.table import Table
 
 from tritkit import _native
 from tritkit.checkpoint import linear_shape
-from tritkit.evals.machine import QUIET_WAIT, Limits, machine_of, waited_seconds
-from tritkit.evals.shapes import SHAPES, draw, shape_named, ternary_words
 from tritkit.models.config import ModelConfig
+from tritkit.speed.machine import QUIET_WAIT, Limits, machine_of, waited_seconds
+from tritkit.speed.shapes import SHAPES, draw, shape_named, ternary_words
 
 TOKENS = (1, 2, 4, 8, 16, 32, 128, 512)
 FROM_MEMORY = 128 << 20  # bytes of copies: several times a large cache

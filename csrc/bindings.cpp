@@ -415,7 +415,8 @@ NB_MODULE(_native, m) {
         .def(nb::new_(&new_row_table), "layout"_a, "data"_a, "rows"_a, "cols"_a, "scale"_a, "drop_pages"_a = false);
 
     nb::class_<Head>(m, "Head", "The output head.")
-        .def(nb::init<LinearPtr>(), "linear"_a)
+        .def(nb::new_([](std::shared_ptr<Linear> linear) { return std::make_shared<Head>(std::move(linear)); }),
+             "linear"_a)
         .def(nb::new_(&quantized_head), "runner"_a, "rows"_a, "bits"_a, "exact"_a.none() = nb::none())
         .def_prop_ro("bytes", &Head::bytes)
         .def_prop_ro("layout", [](const Head& h) { return h.linear().layout(); })

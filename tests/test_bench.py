@@ -20,11 +20,11 @@ from tritkit.cli import main
 from tritkit.engine import Job
 from tritkit.engine.load import decoder_weights
 from tritkit.engine.native import NativeEngine
-from tritkit.evals.bench import KEYS, ratios
-from tritkit.evals.child import Child
-from tritkit.evals.machine import Look, Machine, Sample, Stopwatch, energy_counters, machine_of
-from tritkit.evals.shapes import SHAPES, random_folder, shape_named, temporary_folder
-from tritkit.evals.speed import Samples, Work, linear_weights, report
+from tritkit.speed.bench import KEYS, ratios
+from tritkit.speed.child import Child
+from tritkit.speed.machine import Look, Machine, Sample, Stopwatch, energy_counters, machine_of
+from tritkit.speed.measure import Samples, Work, linear_weights, report
+from tritkit.speed.shapes import SHAPES, random_folder, shape_named, temporary_folder
 
 MACHINE = Machine(stream_gb_s=50.0, stream_best=53.0, streams=4, ahead=2048, int8_gops=2000.0, threads=2)
 PEAK = MACHINE.int8_gops / MACHINE.threads

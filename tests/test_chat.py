@@ -29,7 +29,7 @@ def talk(folder, monkeypatch, lines: list[str], system: str | None = None, max_t
 
     monkeypatch.setattr(chat, "render", spy)
     monkeypatch.setattr("builtins.input", lambda prompt="": next(said))
-    assert chat.converse(folder, "native", 1, None, system, max_tokens, Sampling(seed=0)) == 0
+    assert chat.converse(folder, "native", 1, None, None, system, max_tokens, Sampling(seed=0)) == 0
     return seen
 
 

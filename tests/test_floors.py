@@ -16,7 +16,7 @@ FLOORS = {
     "data": 3, "optim": 3, "trainer": 3, "trainstate": 3, "checkpoint": 3, "pack": 3, "folderfacts": 3,
     "tensorfile": 3,
     "engine": 4, "evals": 4, "chat": 4,
-    "tables": 5, "cli": 6, "__main__": 7,
+    "tables": 5, "speed": 5, "cli": 6, "__main__": 7,
 }  # fmt: skip
 EVERYWHERE = {"config", "results", "files", "progress", "memory"}
 TORCH_FREE = {"layouts", "tokenizer", "models.config", "models", "data", "checkpoint", "folderfacts", "tables", "cli",
@@ -114,7 +114,7 @@ def test_torch_is_not_imported_on_the_way_to_running():
             assert not foreign & {"torch", "transformers"}, path
 
 
-def test_only_the_native_engine_names_the_extension():
+def test_only_the_native_engine_and_the_bench_name_the_extension():
     for path, parts in ALL:
         uses = [line for target, line in imports(path, parts, lazy=True) if "_native" in target]
-        assert not uses or parts[0] == "engine", f"{path}:{uses}"
+        assert not uses or parts[0] in ("engine", "speed"), f"{path}:{uses}"

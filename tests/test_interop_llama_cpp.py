@@ -11,10 +11,10 @@ from tritkit.cli import main
 from tritkit.engine import Job
 from tritkit.engine.load import decoder_weights
 from tritkit.engine.native import NativeEngine
-from tritkit.evals.bench import KEYS
-from tritkit.evals.peer import GgufTensor, LlamaCpp, write_gguf
-from tritkit.evals.shapes import SHAPES, norm_sizes, random_folder
-from tritkit.evals.speed import Work
+from tritkit.speed.bench import KEYS
+from tritkit.speed.measure import Work
+from tritkit.speed.peer import GgufTensor, LlamaCpp, write_gguf
+from tritkit.speed.shapes import SHAPES, norm_sizes, random_folder
 
 pytest.importorskip("llama_cpp")
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore")]

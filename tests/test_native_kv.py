@@ -200,7 +200,7 @@ def test_the_option(make_folder, capsys):
         tritkit.load(folder, "torch", kv_bits=8)
     assert main(["generate", str(folder), "--kv-bits", "5"]) == 2
     assert "--kv-bits: invalid choice: 5 (choose from 32, 16, 8, 4, 3)" in capsys.readouterr().err
-    assert main(["bench", str(folder), "--kv-bits", "3", "--prompt-tokens", "4", "--tokens", "2", "--repeat", "1"]) == 0
+    assert main(["bench", str(folder), "--kv-bits", "3", "--prompt", "4", "--tokens", "2", "--repeat", "1"]) == 0
     from tritkit import results
 
     run = results.read(folder)[-1]

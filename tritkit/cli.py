@@ -305,7 +305,7 @@ def bench(arguments: list[str]) -> int:
         "limits, which are measured in the same run. A table, then one line of JSON; added to MODEL's results.json.",
         "tritkit bench --shape bitnet-2b4t --threads 2",
     )
-    from .evals.bench import add_options, run
+    from .speed.bench import add_options, run
 
     add_options(parser)
     _engine_options(parser)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import results
-from .evals.machine import Machine
+from .speed.machine import Machine
 
 
 def _screen() -> Console:

@@ -1,11 +1,10 @@
-"""How good, how fast. A file and a row in SUITES for each thing that is measured of a model.
+"""How good a model is. A file and a row in SUITES for each thing that is measured.
 
 ngram.py has no row: a program by itself, it measures how far one comes without a model.
 """
 
-from .bench import measure
 from .perplexity import evaluate
 
-SUITES = {"perplexity": evaluate, "speed": measure}
+SUITES = {"perplexity": evaluate}
 
-__all__ = ["SUITES", "evaluate", "measure"]
+__all__ = ["SUITES", "evaluate"]

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from ..checkpoint import linear_names, linear_shape
 from ..models.config import ModelConfig
 from ..progress import progress
+from .measure import Contestant, Work
 from .shapes import draw, linear_spread, norm_sizes, normal_values, temporary_folder, ternary_words
-from .speed import Contestant, Work
 
 PEERS = ("llama.cpp",)
 ARCHITECTURES = {"bitnet": "bitnet", "llama": "llama"}
