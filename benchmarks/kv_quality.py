@@ -83,7 +83,7 @@ def measure(folder: str | None, options: argparse.Namespace) -> None:
             f"{kl.mean():.2e}",
             f"{same.mean():.2%}",
         )
-    Console().print(table)
+    Console(width=max(100, Console().width)).print(table)
 
 
 def logits(engine: Engine, window: Window) -> np.ndarray:

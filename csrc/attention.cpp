@@ -199,21 +199,28 @@ void Attention::store_query(Scratch& scratch, ptrdiff_t row, int position, const
 void Attention::attend(const Team& team, int layer, float* out, ptrdiff_t out_stride) {
     std::atomic<int>& next = next_[static_cast<size_t>(layer)];
     const int items = static_cast<int>(items_.size());
-    for (int i = next.fetch_add(1); i < items; i = next.fetch_add(1))
-        run(items_[static_cast<size_t>(i)], layer, out, out_stride, scratch_[static_cast<size_t>(team.rank)]);
+    for (int i = next.fetch_add(1); i < items; i = next.fetch_add(1)) {
+        // Probably ours too; a wrong guess prefetches for somebody else.
+        const Item* following = i + team.size < items ? &items_[static_cast<size_t>(i + team.size)] : nullptr;
+        run(items_[static_cast<size_t>(i)], following, layer, out, out_stride,
+            scratch_[static_cast<size_t>(team.rank)]);
+    }
 }
 
-void Attention::run(const Item& item, int layer, float* out, ptrdiff_t out_stride, Scratch& scratch) {
+void Attention::run(const Item& item, const Item* following, int layer, float* out, ptrdiff_t out_stride,
+                    Scratch& scratch) {
     const Block& block = blocks_[static_cast<size_t>(item.block)];
     float* sum = scratch.sum.data();
     if (item.range < 0) {
-        attend_range(block, layer, item.kv_head, 0, sum, scratch);
-        for (int range = 1; range < block.ranges; ++range) {
-            attend_range(block, layer, item.kv_head, range, scratch.partial.data(), scratch);
-            merge(block, range, sum, scratch.partial.data());
+        for (int range = 0; range < block.ranges; ++range) {
+            const Item more{item.block, item.kv_head, range + 1};
+            float* partial = range == 0 ? sum : scratch.partial.data();
+            attend_range({item.block, item.kv_head, range}, range + 1 < block.ranges ? &more : following, layer,
+                         partial, scratch);
+            if (range > 0) merge(block, range, sum, partial);
         }
     } else {
-        attend_range(block, layer, item.kv_head, item.range, partial_of(block, item.kv_head, item.range), scratch);
+        attend_range(item, following, layer, partial_of(block, item.kv_head, item.range), scratch);
         // Whoever comes last merges, in the order of the ranges, and winds the counter up for the next layer.
         std::atomic<int>& unfinished = unfinished_[static_cast<size_t>(block.index * shape_.kv_heads + item.kv_head)];
         if (unfinished.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
@@ -247,17 +254,28 @@ void Attention::merge(const Block& block, int range, float* sum, const float* pa
     vectors_.merge_partials(sum + at, partial + at, block.count * group() - row, size_);
 }
 
-void Attention::attend_range(const Block& block, int layer, int kv_head, int range, float* partial, Scratch& scratch) {
+/// The head's blocks in the pages of a range, nulls behind the last.
+void Attention::find_pages(const Item& place, int layer, const uint8_t** pages) const {
+    const Block& block = blocks_[static_cast<size_t>(place.block)];
+    const int range = std::max(place.range, 0), last = (block.position + block.count - 1) / kPagePositions;
+    for (int i = 0; i < kRangePages; ++i) {
+        const int page = range * kRangePages + i;
+        pages[i] = page <= last ? pages_.block(*block.sequence, page, layer, place.kv_head) : nullptr;
+    }
+}
+
+void Attention::attend_range(const Item& place, const Item* following, int layer, float* partial, Scratch& scratch) {
+    const Block& block = blocks_[static_cast<size_t>(place.block)];
+    const int range = place.range, kv_head = place.kv_head;
     const int first = first_to_see(block, range), rows = (block.count - first) * group();
-    const int last_page = (block.position + block.count - 1) / kPagePositions, first_page = range * kRangePages;
-    const uint8_t* pages[kRangePages + 1] = {};
-    for (int i = 0; i <= kRangePages && first_page + i <= last_page; ++i)
-        pages[i] = pages_.block(*block.sequence, first_page + i, layer, kv_head);
+    const uint8_t *pages[kRangePages] = {}, *next[kRangePages] = {};
+    find_pages(place, layer, pages);
+    if (following) find_pages(*following, layer, next);
     const ptrdiff_t row = query_row(kv_head, block.token + first);
     RangeWork work{};
     work.layout = &pages_.layout();
     work.pages = pages;
-    work.next = pages[kRangePages];
+    work.next = next;
     work.first = range == 0 ? pages_.first(*block.sequence, layer, kv_head) : nullptr;
     work.rows = rows;
     work.group = group();

@@ -60,8 +60,9 @@ class Attention {
 
     void store_token(Scratch& scratch, int layer, int kv_head, const Token& token, const float* k, const float* v);
     void store_query(Scratch& scratch, ptrdiff_t row, int position, const float* q);
-    void run(const Item& item, int layer, float* out, ptrdiff_t out_stride, Scratch& scratch);
-    void attend_range(const Block& block, int layer, int kv_head, int range, float* partial, Scratch& scratch);
+    void run(const Item& item, const Item* following, int layer, float* out, ptrdiff_t out_stride, Scratch& scratch);
+    void attend_range(const Item& place, const Item* following, int layer, float* partial, Scratch& scratch);
+    void find_pages(const Item& place, int layer, const uint8_t** pages) const;
     void merge(const Block& block, int range, float* sum, const float* partial) const;
     float* partial_of(const Block& block, int kv_head, int range);
     static int first_to_see(const Block& block, int range);

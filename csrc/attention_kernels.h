@@ -94,7 +94,7 @@ TRITKIT_INLINE void one_step(typename Kind::Sum (&sums)[rows][tiles], const uint
     typename Kind::Weights w[tiles];
 #pragma GCC unroll 4
     for (int t = 0; t < tiles; ++t) w[t] = Kind::template unpack<f>(step + t * tile_bytes);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
         for (int t = 0; t < tiles; ++t)
@@ -107,7 +107,7 @@ void product_block(const Tiles& m, int tile, const typename Kind::X* x, ptrdiff_
                    const uint8_t* ahead, typename Kind::Out* out, ptrdiff_t out_stride) {
     typename Kind::Sum sums[rows][tiles];
     out += tile * kLanes;
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
         for (int t = 0; t < tiles; ++t) sums[r][t] = add ? Kind::load(out + r * out_stride + t * kLanes) : Kind::zero();
@@ -123,7 +123,7 @@ void product_block(const Tiles& m, int tile, const typename Kind::X* x, ptrdiff_
         }
         one_step<V, Kind, 0, tiles, rows>(sums, step, m.tile_bytes, x, x_stride);
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
         for (int t = 0; t < tiles; ++t) Kind::store(out + r * out_stride + t * kLanes, sums[r][t]);
@@ -141,9 +141,18 @@ void product_rows(const Tiles& m, int tile, const typename Kind::X* x, ptrdiff_t
 }
 
 template <class V, class Kind>
-void product(const Tiles& m, const typename Kind::X* x, ptrdiff_t x_stride, int rows, bool add, typename Kind::Out* out,
+void product(Tiles m, const typename Kind::X* x, ptrdiff_t x_stride, int rows, bool add, typename Kind::Out* out,
              ptrdiff_t out_stride) {
     int tile = 0;
+    // Codes that share bytes: unpacked once for eight rows of x.
+    if constexpr (V::kTiles == 4 && Kind::columns > 1) {
+        for (; rows >= 8; rows -= 8, x += 8 * x_stride, out += 8 * out_stride, m.ahead = nullptr) {
+            for (tile = 0; tile + 2 <= m.tiles; tile += 2)
+                product_block<V, Kind, 2, 8>(m, tile, x, x_stride, add, m.ahead, out, out_stride);
+            if (tile < m.tiles) product_block<V, Kind, 1, 8>(m, tile, x, x_stride, add, m.ahead, out, out_stride);
+        }
+        tile = 0;
+    }
     for (; tile + V::kTiles <= m.tiles; tile += V::kTiles)
         product_rows<V, Kind, V::kTiles>(m, tile, x, x_stride, rows, add, out, out_stride);
     for (; tile < m.tiles; ++tile) product_rows<V, Kind, 1>(m, tile, x, x_stride, rows, add, out, out_stride);
@@ -156,6 +165,22 @@ TRITKIT_INLINE int seen_by(const RangeWork& w, int row) {
     return seen < kRangePositions ? seen : kRangePositions;
 }
 
+TRITKIT_INLINE int pages_seen(const RangeWork& w) {
+    return (seen_by(w, w.rows - 1) + kPagePositions - 1) / kPagePositions;
+}
+
+constexpr ptrdiff_t kAhead = 12288;
+
+/// The matrices are read in this order: the keys of all pages, their values, the keys that follow. The one to prefetch
+/// during number i lies kAhead behind: much farther and it is thrown out again, much nearer and it comes late.
+TRITKIT_INLINE const uint8_t* read_later(const RangeWork& w, int i) {
+    const int pages = pages_seen(w), distance = static_cast<int>(kAhead / w.layout->values);
+    i += distance < 1 ? 1 : distance < kRangePages ? distance : kRangePages;
+    if (i < pages) return w.pages[i];
+    if (i < 2 * pages) return w.pages[i - pages] + w.layout->values;
+    return i - 2 * pages < kRangePages ? w.next[i - 2 * pages] : nullptr;
+}
+
 template <class V, class Kind, class X, class Out>
 void multiply_keys(const RangeWork& w, const X* queries, Out* scores) {
     const KvLayout& l = *w.layout;
@@ -163,7 +188,7 @@ void multiply_keys(const RangeWork& w, const X* queries, Out* scores) {
     for (int at = 0; at < seen; at += kPagePositions) {
         const int left = seen - at, tiles = left < kPagePositions ? (left + kLanes - 1) / kLanes : 4;
         const uint8_t* page = w.pages[at / kPagePositions];
-        const uint8_t* ahead = left > kPagePositions ? w.pages[at / kPagePositions + 1] : w.pages[0] + l.values;
+        const uint8_t* ahead = read_later(w, at / kPagePositions);
         product<V, Kind>({page, l.key_tile, tiles, l.key_steps, ahead}, queries, w.query_stride, w.rows, false,
                          scores + at, kRangePositions);
     }
@@ -173,13 +198,13 @@ void multiply_keys(const RangeWork& w, const X* queries, Out* scores) {
 template <class V, class Kind, class X, class Out>
 void multiply_values(const RangeWork& w, const X* x, int rows, Out* out, ptrdiff_t out_stride) {
     const KvLayout& l = *w.layout;
-    const int seen = seen_by(w, w.rows - 1), step = kPagePositions / l.value_steps;
+    const int seen = seen_by(w, w.rows - 1), step = kPagePositions / l.value_steps, pages = pages_seen(w);
     for (int at = 0; at < seen; at += kPagePositions) {
         const int left = seen - at;
         // What is beyond the last position was never written, or is of a sequence that is gone.
         const int steps = left < kPagePositions ? (left + step - 1) / step : l.value_steps;
         const uint8_t* page = w.pages[at / kPagePositions];
-        const uint8_t* ahead = left > kPagePositions ? w.pages[at / kPagePositions + 1] + l.values : w.next;
+        const uint8_t* ahead = read_later(w, pages + at / kPagePositions);
         product<V, Kind>({page + l.values, l.value_tile, l.value_tiles, steps, ahead}, x + at, kRangePositions, rows,
                          at > 0, out, out_stride);
     }
@@ -259,7 +284,7 @@ void attend_codes(const RangeWork& w) {
     const float first_key_scale = w.first ? float_from_f16(scales_of_first[0]) : 0.0f;
     const float first_scale = w.first ? float_from_f16(scales_of_first[1]) : 0.0f;
     int32_t* integers = reinterpret_cast<int32_t*>(w.scores);
-    for (int page = 0; page * kPagePositions < seen_by(w, w.rows - 1); ++page)
+    for (int page = 0; page < pages_seen(w); ++page)
         for (ptrdiff_t line = l.key_scales; line < l.bytes; line += 64) __builtin_prefetch(w.pages[page] + line);
     multiply_keys<V, Kind>(w, w.codes, integers);
     for (int r = 0; r < w.rows; ++r) {

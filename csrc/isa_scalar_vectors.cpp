@@ -6,6 +6,10 @@
 #include "isa_region.h"
 #include "vector_table.h"
 
+// Arrays, not registers: inlining everything gains little here, and sanitizers would compile for minutes.
+#undef TRITKIT_INLINE
+#define TRITKIT_INLINE static __attribute__((noinline))
+
 namespace tritkit {
 namespace {
 

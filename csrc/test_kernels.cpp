@@ -459,21 +459,24 @@ std::vector<float> attention(const char* isa, const HeadShape& shape, int bits, 
     return out;
 }
 
-void test_attention(const char* isa) {
-    const HeadShape shapes[] = {{4, 2, 10}, {3, 1, 34}, {5, 5, 16}, {8, 2, 64}, {4, 1, 128}, {40, 1, 18}};
+/// The same bits on every instruction set, with any number of threads, and however the prompt is cut.
+void test_attention() {
+    const HeadShape shapes[] = {{4, 2, 10}, {3, 1, 34}, {5, 5, 16}, {4, 2, 64}, {4, 1, 128}, {40, 1, 2}};
     for (const HeadShape& shape : shapes) {
         for (int bits : {32, 16, 8, 4, 3}) {
-            for (int tokens : {1, 70, 300}) {
+            for (int tokens : {1, 70, 270}) {
                 const std::vector<float> expected = attention("scalar", shape, bits, tokens, 1, {});
-                auto check = [&](int threads, std::vector<int> cuts) {
-                    const std::vector<float> found = attention(isa, shape, bits, tokens, threads, std::move(cuts));
-                    expect(!std::memcmp(found.data(), expected.data(), found.size() * sizeof(float)), "attention", isa,
-                           bits, shape.head_dim, tokens);
-                };
-                check(1, {});
-                check(3, {});
-                if (tokens == 70) check(2, {1, 2, 5, 64, 65});
-                if (tokens == 300) check(2, {250, 257, 299});
+                for (const std::string& isa : available_isas()) {
+                    auto check = [&](int threads, std::vector<int> cuts) {
+                        const std::vector<float> found =
+                            attention(isa.c_str(), shape, bits, tokens, threads, std::move(cuts));
+                        expect(!std::memcmp(found.data(), expected.data(), found.size() * sizeof(float)), "attention",
+                               isa.c_str(), bits, shape.head_dim, tokens);
+                    };
+                    if (tokens == 1) check(3, {});
+                    if (tokens == 70) check(2, {1, 2, 5, 64, 65});
+                    if (tokens == 270) check(3, {250, 257, 269});
+                }
             }
         }
     }
@@ -610,6 +613,7 @@ int main() {
     test_chunks();
     test_repack();
     test_rows();
+    test_attention();
     for (const std::string& isa : available_isas()) {
         test_integers(isa.c_str());
         test_tiles(isa.c_str());
@@ -618,7 +622,6 @@ int main() {
         test_floats(isa.c_str());
         test_vectors(isa.c_str());
         test_exp(isa.c_str());
-        test_attention(isa.c_str());
         test_machine(isa.c_str());
         test_decoder(isa.c_str());
         std::printf("%s: done\n", isa.c_str());

@@ -45,7 +45,7 @@ constexpr int kPartialExtra = kLanes;
 struct RangeWork {
     const KvLayout* layout;
     const uint8_t* const* pages;  // the head's block in each page that is seen
-    const uint8_t* next;          // what will be read afterwards; may be null
+    const uint8_t* const* next;   // what will probably be read afterwards, as many pages; entries may be null
     const uint8_t* first;         // the first position at 8 bits; null in later ranges and at other widths
     int rows, group, visible;
     float scaling;
