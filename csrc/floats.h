@@ -41,4 +41,12 @@ inline uint16_t f16_from_float(float value) {
     return static_cast<uint16_t>(sign | ((size - 0x38000000 + 0xfff + odd) >> 13));
 }
 
+/// Rounds halves to even, as adding and taking away 1.5 * 2^23 does; |value| < 2^22. Written so that it vectorizes.
+inline int round_to_int(float value) {
+    const float shifted = value + 12582912.0f;
+    int32_t bits;
+    std::memcpy(&bits, &shifted, sizeof bits);
+    return bits - 0x4b400000;
+}
+
 }  // namespace tritkit

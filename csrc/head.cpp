@@ -8,22 +8,10 @@ namespace {
 
 constexpr int kChunkRows = 64;
 
-/// Lengths of a vector and of what its rounding to codes has changed.
-struct Lengths {
-    float vector, rounding;
-};
-
-Lengths lengths(const Activations& x, int token, ActivationFormat format) {
-    const float* row = x.row(token);
-    const Activations::Codes& c = x.codes(format);
-    const int8_t* codes = c.codes.data() + token * x.code_stride();
-    double squares = 0.0, changes = 0.0;
-    for (int k = 0; k < x.columns(); ++k) {
-        const double change = row[k] - c.scales[token] * codes[k];
-        squares += static_cast<double>(row[k]) * row[k];
-        changes += change * change;
-    }
-    return {static_cast<float>(std::sqrt(squares)), static_cast<float>(std::sqrt(changes))};
+float length(const float* x, int n) {
+    double squares = 0.0;
+    for (int k = 0; k < n; ++k) squares += static_cast<double>(x[k]) * x[k];
+    return static_cast<float>(std::sqrt(squares));
 }
 
 }  // namespace
@@ -62,25 +50,23 @@ void Head::screen(Team& team, const Activations& x, int tokens, float* logits, p
                   Scratch& scratch) const {
     const Range mine = team.share(rows(), kChunkRows);
     const float deviations = kScreenDeviations / std::sqrt(static_cast<float>(columns()));
-    auto margin = [&](const Lengths& l, int r) {
-        return deviations * (errors_[r] * l.vector + norms_[r] * l.rounding);
-    };
     for (int t = 0; t < tokens; ++t) {
-        const Lengths l = lengths(x, t, linear_->activations());
+        const float margin = deviations * length(x.row(t), columns());
         float floor = -INFINITY;
-        for (int r = mine.begin; r < mine.end; ++r) floor = std::max(floor, logits[t * stride + r] - margin(l, r));
+        for (int r = mine.begin; r < mine.end; ++r)
+            floor = std::max(floor, logits[t * stride + r] - margin * errors_[r]);
         scratch.floors[static_cast<size_t>(team.rank * tokens + t)] = floor;
     }
     team.barrier();
     int64_t rescored = 0;
     for (int t = 0; t < tokens; ++t) {
-        const Lengths l = lengths(x, t, linear_->activations());
+        const float margin = deviations * length(x.row(t), columns());
         float floor = -INFINITY;
         for (int rank = 0; rank < team.size; ++rank)
             floor = std::max(floor, scratch.floors[static_cast<size_t>(rank * tokens + t)]);
         for (int r = mine.begin; r < mine.end; ++r) {
             float& logit = logits[t * stride + r];
-            if (logit + margin(l, r) < floor - kScreenDepth) continue;
+            if (logit + margin * errors_[r] < floor) continue;
             logit = exact_->row_product(r, x.row(t));
             ++rescored;
         }

@@ -1,7 +1,7 @@
 // The output head: logits of the vectors behind the final norm.
 //
 // Screened, it reads a copy of its rows with 4 bits a weight, which is a quarter of the float rows, and then computes
-// again, from the float rows themselves, every logit that could be the highest or close to it.
+// again, from the float rows themselves, every logit that could be the highest.
 #pragma once
 
 #include <atomic>
@@ -12,14 +12,10 @@
 
 namespace tritkit {
 
-/// How far a logit of the copy may be from the true one: the rows' share of it (an error e of a row and a vector x that
-/// know nothing of each other give an error of about |e| |x| / sqrt(columns), with a normal distribution) and the
-/// rounding of x. Six standard deviations: one logit in 10^9 lies beyond.
-constexpr float kScreenDeviations = 6.0f;
-
-/// Logits this much below the highest are computed again too, since they are drawn with some probability:
-/// e^-8 is 0.03 %.
-constexpr float kScreenDepth = 8.0f;
+/// How far a logit of the copy may be from the true one: an error e of a row and a vector x that know nothing of each
+/// other give an error of about |e| |x| / sqrt(columns), normally distributed. Five standard deviations: one logit in
+/// two millions lies beyond. The certain bound, |e| |x|, is sqrt(columns) / 5 times as wide and would decide nothing.
+constexpr float kScreenDeviations = 5.0f;
 
 class Head {
  public:

@@ -1,7 +1,10 @@
 #include "linear.h"
 
 #include <algorithm>
+#include <cmath>
 #include <stdexcept>
+
+#include "floats.h"
 
 namespace tritkit {
 namespace {
@@ -11,7 +14,27 @@ constexpr int kPanelRows = 256;
 constexpr int kFewTokens = 4;
 
 // 127 makes every code reachable by its own sign; 128 is the original BitNet's Qb.
-constexpr float kLevels[kIntegerFormats] = {127.0f, 128.0f};
+constexpr float kLevels[] = {127.0f, 128.0f};
+
+/// c = round(x * inverse), inverse = 127 * 256 / absmax, as 256 * high + low.
+float quantize_row16(const float* x, int columns, int8_t* high, int8_t* low, int32_t* sums) {
+    float absmax = 0.0f;
+    for (int k = 0; k < columns; ++k) absmax = std::fabs(x[k]) > absmax ? std::fabs(x[k]) : absmax;
+    const float inverse = 127.0f * 256.0f / std::max(absmax, 1e-5f);
+    int32_t high_sum = 0, low_sum = 0;
+    for (int k = 0; k < columns; ++k) {
+        float value = x[k] * inverse;
+        value = value > -32512.0f ? value : -32512.0f;  // not a number goes here too
+        const int code = round_to_int(value < 32512.0f ? value : 32512.0f), top = (code + 128) >> 8;
+        high[k] = static_cast<int8_t>(top);
+        low[k] = static_cast<int8_t>(code - 256 * top);
+        high_sum += top;
+        low_sum += code - 256 * top;
+    }
+    sums[0] = high_sum;
+    sums[1] = low_sum;
+    return 1.0f / inverse;
+}
 
 }  // namespace
 
@@ -33,17 +56,22 @@ void Activations::reserve(ActivationFormat format) {
     if (format == ActivationFormat::kFloat) return;
     Codes& c = codes_[static_cast<int>(format)];
     if (c.scales.size()) return;
-    c.codes = AlignedArray<int8_t>(static_cast<size_t>(tokens_ * code_stride_));
+    const int rows = tokens_ * code_rows(format);
+    c.codes = AlignedArray<int8_t>(static_cast<size_t>(rows * code_stride_));
     c.scales = AlignedArray<float>(static_cast<size_t>(tokens_));
-    c.sums = AlignedArray<int32_t>(static_cast<size_t>(tokens_));
+    c.sums = AlignedArray<int32_t>(static_cast<size_t>(rows));
 }
 
 void Activations::quantize(int token, const Kernels& kernels) const {
-    for (int format = 0; format < kIntegerFormats; ++format) {
-        const Codes& c = codes_[format];
+    for (ActivationFormat format : {ActivationFormat::kA8, ActivationFormat::kA8Q128, ActivationFormat::kA16}) {
+        const Codes& c = codes(format);
         if (!c.scales.size()) continue;
-        int8_t* codes = c.codes.data() + token * code_stride_;
-        c.scales[token] = kernels.quantize_row(row(token), columns_, kLevels[format], codes, &c.sums[token]);
+        const int first = token * code_rows(format);
+        int8_t* to = c.codes.data() + first * code_stride_;
+        c.scales[token] =
+            format == ActivationFormat::kA16
+                ? quantize_row16(row(token), columns_, to, to + code_stride_, &c.sums[first])
+                : kernels.quantize_row(row(token), columns_, kLevels[static_cast<int>(format)], to, &c.sums[first]);
     }
 }
 
@@ -59,9 +87,9 @@ ptrdiff_t Linear::waiting_sums(int tokens, int threads) const {
     return tokens > kFewTokens ? std::max(size, static_cast<ptrdiff_t>(tokens) * kPanelRows) : size;
 }
 
-template <class Sum, class Product, class Scale>
-void Linear::by_panels(Range mine, int tokens, float* out, ptrdiff_t out_stride, Write write, const Sum* sums,
-                       const float* row_scales, Product product, Scale scale) const noexcept {
+template <class Product, class Sum, class Scale>
+void Linear::by_panels(Range mine, int tokens, float* out, ptrdiff_t out_stride, Write write, const float* row_scales,
+                       Product product, Sum sum, Scale scale) const noexcept {
     const int panel = tokens <= kFewTokens ? std::max(mine.end - mine.begin, 1) : kPanelRows;
     const ptrdiff_t stride = round_up(panel, kTileRows);
     const float* bias = bias_.empty() ? nullptr : bias_.data();
@@ -69,12 +97,11 @@ void Linear::by_panels(Range mine, int tokens, float* out, ptrdiff_t out_stride,
         const Range rows{begin, std::min(begin + panel, mine.end)};
         product(rows, stride);
         for (int t = 0; t < tokens; ++t) {
-            const Sum* from = sums + t * stride - rows.begin;
             float* y = out + t * out_stride;
             const float of_token = scale(t);
             for (int r = rows.begin; r < rows.end; ++r) {
                 const float factor = row_scales ? of_token * row_scales[r] : of_token;
-                const float value = static_cast<float>(from[r]) * factor + (bias ? bias[r] : 0.0f);
+                const float value = sum(t, r - rows.begin, stride) * factor + (bias ? bias[r] : 0.0f);
                 y[r] = write == Write::kAdd ? y[r] + value : value;
             }
         }
@@ -98,7 +125,7 @@ TileLinear::TileLinear(const Stored& source, Runtime runtime, float scale, const
 }
 
 TileLinear::TileLinear(RowIntegers codes, const Kernels& kernels)
-    : Linear(codes.rows, codes.columns, ActivationFormat::kA8, nullptr),
+    : Linear(codes.rows, codes.columns, ActivationFormat::kA16, nullptr),
       planes_(std::move(codes.planes)),
       offset_(codes.offset),
       row_scales_(std::move(codes.scales)),
@@ -139,23 +166,35 @@ void TileLinear::integer_product(Range mine, const int8_t* codes, ptrdiff_t code
 }
 
 void TileLinear::reserve(int tokens, int threads, Scratch& scratch) const {
-    const size_t sums = static_cast<size_t>(waiting_sums(tokens, threads));
+    const size_t sums = static_cast<size_t>(waiting_sums(tokens, threads) * code_rows(activations_));
     if (scratch.integers.size() < sums) scratch.integers.resize(sums);
     const size_t panel = static_cast<size_t>(kPanelTiles * kTileRows * tritkit::code_stride(columns_));
-    if (tokens > 1 && scratch.panel.size() < panel) scratch.panel = AlignedArray<uint8_t>(panel, false);
+    if (tokens * code_rows(activations_) > 1 && scratch.panel.size() < panel)
+        scratch.panel = AlignedArray<uint8_t>(panel, false);
 }
 
 void TileLinear::apply(Range mine, const Activations& x, int tokens, float* out, ptrdiff_t out_stride, Write write,
                        Scratch& scratch) const noexcept {
     const Activations::Codes& c = x.codes(activations_);
-    by_panels(
-        mine, tokens, out, out_stride, write, scratch.integers.data(),
-        row_scales_.empty() ? nullptr : row_scales_.data(),
-        [&](Range rows, ptrdiff_t stride) {
-            integer_product(rows, c.codes.data(), x.code_stride(), c.sums.data(), tokens, scratch.integers.data(),
-                            stride, scratch.panel.data());
-        },
-        [&](int t) { return scale_ * c.scales[t]; });
+    const int32_t* sums = scratch.integers.data();
+    const float* row_scales = row_scales_.empty() ? nullptr : row_scales_.data();
+    auto product = [&](Range rows, ptrdiff_t stride) {
+        integer_product(rows, c.codes.data(), x.code_stride(), c.sums.data(), tokens * code_rows(activations_),
+                        scratch.integers.data(), stride, scratch.panel.data());
+    };
+    auto scale = [&](int t) { return scale_ * c.scales[t]; };
+    if (activations_ == ActivationFormat::kA16)
+        by_panels(
+            mine, tokens, out, out_stride, write, row_scales, product,
+            [=](int t, int r, ptrdiff_t stride) {
+                const int32_t* high = sums + 2 * t * stride + r;
+                return 256.0f * static_cast<float>(high[0]) + static_cast<float>(high[stride]);
+            },
+            scale);
+    else
+        by_panels(
+            mine, tokens, out, out_stride, write, row_scales, product,
+            [=](int t, int r, ptrdiff_t stride) { return static_cast<float>(sums[t * stride + r]); }, scale);
 }
 
 FloatLinear::FloatLinear(const Stored& source, float scale, const float* bias, Pool& pool, Arena& arena,
@@ -196,12 +235,13 @@ void FloatLinear::reserve(int tokens, int threads, Scratch& scratch) const {
 
 void FloatLinear::apply(Range mine, const Activations& x, int tokens, float* out, ptrdiff_t out_stride, Write write,
                         Scratch& scratch) const noexcept {
+    const float* sums = scratch.floats.data();
     by_panels(
-        mine, tokens, out, out_stride, write, scratch.floats.data(), nullptr,
+        mine, tokens, out, out_stride, write, nullptr,
         [&](Range rows, ptrdiff_t stride) {
             float_product(rows, x.rows(), x.stride(), tokens, scratch.floats.data(), stride);
         },
-        [&](int) { return scale_; });
+        [=](int t, int r, ptrdiff_t stride) { return sums[t * stride + r]; }, [&](int) { return scale_; });
 }
 
 namespace {

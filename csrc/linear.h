@@ -14,9 +14,11 @@
 
 namespace tritkit {
 
-/// What becomes of the input before the product. kFloat: nothing; the others: int8 codes per token.
-enum class ActivationFormat { kFloat = -1, kA8 = 0, kA8Q128 = 1 };
-constexpr int kIntegerFormats = 2;
+/// What becomes of the input before the product. kFloat: nothing; the others: int8 codes per token. kA16 has codes of
+/// 16 bits, 256 * high + low, as two rows of int8: one after the other go through the same products.
+enum class ActivationFormat { kFloat = -1, kA8 = 0, kA8Q128 = 1, kA16 = 2 };
+constexpr int kIntegerFormats = 3;
+constexpr int code_rows(ActivationFormat format) { return format == ActivationFormat::kA16 ? 2 : 1; }
 
 /// "a8", "a8_q128", or "" for float. Throws std::invalid_argument.
 ActivationFormat activation_format(const std::string& name);
@@ -33,9 +35,9 @@ class Activations {
     int columns() const { return columns_; }
 
     struct Codes {
-        AlignedArray<int8_t> codes;  // [tokens, code_stride]
+        AlignedArray<int8_t> codes;  // [tokens * code_rows, code_stride]
         AlignedArray<float> scales;  // [tokens]
-        AlignedArray<int32_t> sums;  // [tokens]
+        AlignedArray<int32_t> sums;  // [tokens * code_rows], of each row's codes
     };
     const Codes& codes(ActivationFormat format) const { return codes_[static_cast<int>(format)]; }
     ptrdiff_t code_stride() const { return code_stride_; }
@@ -85,11 +87,11 @@ class Linear {
     Linear(int rows, int columns, ActivationFormat activations, const float* bias);
     /// How many sums wait at the same time.
     ptrdiff_t waiting_sums(int tokens, int threads) const;
-    /// Cuts `mine` into panels: product(rows, stride) leaves the sums of a panel, [tokens, stride], in `sums`; then
-    /// out[t][r] = sums[t][r] * scale(t) * row_scales[r] + bias[r].
-    template <class Sum, class Product, class Scale>
-    void by_panels(Range mine, int tokens, float* out, ptrdiff_t out_stride, Write write, const Sum* sums,
-                   const float* row_scales, Product product, Scale scale) const noexcept;
+    /// Cuts `mine` into panels: product(rows, stride) makes the sums of a panel; then
+    /// out[t][r] = sum(t, r, stride) * scale(t) * row_scales[r] + bias[r], where r counts from the panel's first row.
+    template <class Product, class Sum, class Scale>
+    void by_panels(Range mine, int tokens, float* out, ptrdiff_t out_stride, Write write, const float* row_scales,
+                   Product product, Sum sum, Scale scale) const noexcept;
 
     int rows_, columns_;
     ActivationFormat activations_;

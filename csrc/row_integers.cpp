@@ -4,6 +4,7 @@
 #include <cmath>
 #include <stdexcept>
 
+#include "floats.h"
 #include "kernels.h"
 #include "repack.h"
 
@@ -12,14 +13,6 @@ namespace {
 
 // With few codes it pays to clip the largest weights: shares of the largest one that is kept.
 constexpr float kShares[] = {1.0f, 0.85f, 0.7f, 0.58f, 0.48f};
-
-/// Rounds halves to even, as adding and taking away 1.5 * 2^23 does; |value| < 2^22. Written so that it vectorizes.
-int round_to_int(float value) {
-    const float shifted = value + 12582912.0f;
-    int32_t bits;
-    std::memcpy(&bits, &shifted, sizeof bits);
-    return bits - 0x4b400000;
-}
 
 int code_of(float weight, float inverse, float low, float high) {
     float value = weight * inverse;

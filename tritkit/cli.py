@@ -85,7 +85,7 @@ def _engine_options(parser: Parser) -> None:
     parser.add_argument(
         "--head",
         choices=("float", "int8", "int6", "int4", "screen"),
-        help="form of the output head (default: screen where it is large; torch: float)",
+        help="form of the output head (default: int8 where it is large; torch: float)",
     )
 
 

@@ -50,7 +50,7 @@ def load(
 
     threads: 0 uses all usable cores. kv_bits: width of the cached keys and values, 32, 16, 8, 4 or 3; none: 16 with the
     native engine, 32 with torch, which has no other. head: form of the output head, float, int8, int6, int4 or screen;
-    none: screen where it is large, with the native engine, else float. ValueError where the folder is no model, the
+    none: int8 where it is large, with the native engine, else float. ValueError where the folder is no model, the
     tokenizer does not fit it, or the engine cannot run it.
     """
     opened = open_folder(folder if folder is not None else bundled_folder())

@@ -31,8 +31,9 @@ class NativeEngine:
     kv_bits: width of the cached keys and values. 32: as computed; 16: float16; 8, 4, 3: codes with a float16 scale for
     each token and head, the first token of a sequence at 8. ValueError for any other.
 
-    head: a form of the output head (HEADS; None: `default_head`). With "screen" the logits that "last" asks for are
-    exact where they are high and those of 4 bits elsewhere; "all" and "nll" are exact.
+    head: a form of the output head (HEADS; None: `default_head`). int8, int6, int4: a scale a row, times
+    activations of 16 bits. With "screen" the logits that "last" asks for are exact where they could be the highest and
+    those of int4 elsewhere, which suits greedy decoding; "all" and "nll" are exact.
 
     layout: of ternary weights, t16_2 or t16_3 (None: the one that is faster with these kernels).
 
@@ -177,9 +178,9 @@ def _linear(runner: _native.Runner, name: str, w: LinearWeights) -> _native.Line
 
 
 def default_head(weights: DecoderWeights) -> str:
-    """The form of the output head where none is asked for: large ones are screened, small ones left as they are."""
+    """The form of the output head where none is asked for: large ones get 8 bits, small ones stay as they are."""
     w = weights.embedding if weights.head is None else weights.head
-    return "screen" if w.layout in FLOATS and w.bias is None and w.data.nbytes >= LARGE_HEAD else "float"
+    return "int8" if w.layout in FLOATS and w.bias is None and w.data.nbytes >= LARGE_HEAD else "float"
 
 
 def _rows(w: LinearWeights, drop_pages: bool) -> _native.RowTable:
