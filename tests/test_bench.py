@@ -78,19 +78,20 @@ def test_a_disk_that_is_too_small(monkeypatch):
         pass
 
 
-def test_ctrl_c_leaves_nothing_behind(tmp_path):
-    code = (
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_end_before_the_end_leaves_nothing_behind(tmp_path, number, code):
+    program = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from tritkit.cli import main\n"
         "sys.exit(main(['bench', '--shape', 'bitnet-tiny', '--repeat', '10000']))\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)})
+    process = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "TMPDIR": str(tmp_path)})
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("*/model.safetensors")) and time.monotonic() < deadline:
         time.sleep(0.02)
     time.sleep(1.0)  # now it measures
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=30) == 130
+    process.send_signal(number)
+    assert process.wait(timeout=30) == code
     assert list(tmp_path.iterdir()) == []
 
 

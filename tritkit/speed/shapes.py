@@ -10,7 +10,9 @@ import itertools
 import json
 import math
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -62,7 +64,10 @@ def shape_named(name: str, positions: int = 0) -> ModelConfig:
 @contextmanager
 def temporary_folder(bytes_needed: int, what: str) -> Iterator[Path]:
     """An empty folder that is removed at the end, whatever the end is. ValueError where the disk is too small."""
-    with tempfile.TemporaryDirectory(prefix="tritkit-bench-", ignore_cleanup_errors=True) as folder:
+    with (
+        _ended_politely(),
+        tempfile.TemporaryDirectory(prefix="tritkit-bench-", ignore_cleanup_errors=True) as folder,
+    ):
         free = shutil.disk_usage(folder).free
         if free < bytes_needed:
             raise ValueError(
@@ -70,6 +75,23 @@ def temporary_folder(bytes_needed: int, what: str) -> Iterator[Path]:
                 "free; TMPDIR names another place"
             )
         yield Path(folder)
+
+
+@contextmanager
+def _ended_politely() -> Iterator[None]:
+    """A request to end (SIGTERM) runs what has to be run at the end, as Ctrl-C does."""
+
+    def end(*_: object) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    if threading.current_thread() is not threading.main_thread():  # nobody else may set a signal's handler
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
