@@ -24,7 +24,7 @@ from tritkit.speed.bench import KEYS, ratios
 from tritkit.speed.child import Child
 from tritkit.speed.machine import Look, Machine, Sample, Stopwatch, energy_counters, machine_of
 from tritkit.speed.measure import Samples, Work, linear_weights, report
-from tritkit.speed.shapes import SHAPES, random_folder, shape_named, temporary_folder
+from tritkit.speed.shapes import LOGIT_SPREAD, SHAPES, random_folder, shape_named, temporary_folder
 
 MACHINE = Machine(stream_gb_s=50.0, stream_best=53.0, streams=4, ahead=2048, int8_gops=2000.0, threads=2)
 PEAK = MACHINE.int8_gops / MACHINE.threads
@@ -59,7 +59,7 @@ def test_random_folders_are_model_folders(name):
                 assert max(abs(share - 1 / 3) for share in shares) < 0.02
         native = NativeEngine(decoder_weights(folder), threads=1)
         logits = native.step([Job(native.new(), np.arange(100, dtype=np.int32), "all")])[0]
-        assert np.isfinite(logits).all() and 0.5 < logits.std() < 2  # nothing explodes, nothing dies
+        assert np.isfinite(logits).all() and 0.5 < logits.std() / LOGIT_SPREAD < 2  # nothing explodes, nothing dies
     assert not path.exists()
 
 
@@ -78,19 +78,20 @@ def test_a_disk_that_is_too_small(monkeypatch):
         pass
 
 
-def test_ctrl_c_leaves_nothing_behind(tmp_path):
-    code = (
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_end_before_the_end_leaves_nothing_behind(tmp_path, number, code):
+    program = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from tritkit.cli import main\n"
         "sys.exit(main(['bench', '--shape', 'bitnet-tiny', '--repeat', '10000']))\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)})
+    process = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "TMPDIR": str(tmp_path)})
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("*/model.safetensors")) and time.monotonic() < deadline:
         time.sleep(0.02)
     time.sleep(1.0)  # now it measures
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=30) == 130
+    process.send_signal(number)
+    assert process.wait(timeout=30) == code
     assert list(tmp_path.iterdir()) == []
 
 

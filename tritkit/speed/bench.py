@@ -39,9 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, default=0, help="decode behind so many tokens (default 0)")
     parser.add_argument("--batch", type=int, default=1, help="sequences that decode together (default 1)")
     parser.add_argument("--repeat", type=int, default=5, help="samples that count (default 5)")
-    parser.add_argument(
-        "--layout", choices=("t16_2", "t16_3"), help="of ternary weights (default: the faster)"
-    )
+    parser.add_argument("--layout", choices=("t16_2", "t16_3"), help="of ternary weights (default: the faster)")
     parser.add_argument("--peer", choices=peer.PEERS, help="run the same shape there too, turn by turn")
     parser.add_argument("--json", action="store_true", help="only the line of JSON")
     parser.add_argument("--no-record", action="store_true", help="do not add the numbers to results.json")

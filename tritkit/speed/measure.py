@@ -17,6 +17,8 @@ import numpy as np
 
 from ..checkpoint import linear_names, linear_shape, open_folder
 from ..engine import Engine, Job
+from ..engine.load import decoder_weights
+from ..engine.native import NativeEngine
 from ..memory import peak_memory_mib
 from ..models.config import ModelConfig
 from ..progress import progress
@@ -103,9 +105,6 @@ class Ours(Contestant):
         work.require_room(opened.config.max_position_embeddings)
         self.engine: Engine
         if engine == "native":
-            from ..engine.load import decoder_weights
-            from ..engine.native import NativeEngine
-
             native = NativeEngine(decoder_weights(opened), threads=threads, **options)
             self.facts = {
                 "engine": "tritkit",
@@ -117,6 +116,7 @@ class Ours(Contestant):
                 "weight_bytes": native.bytes_per_token,
                 "kv_bytes": native.kv_bytes_per_position,
             }
+            self._row_bytes = opened.tensors["model.embed_tokens.weight"].array[0].nbytes
             self.engine = native
         else:
             if options:
@@ -134,6 +134,12 @@ class Ours(Contestant):
         self._prompt = self.engine.new()
         list(self._step([self._prompt], 1))
         self.facts["ready_s"] = time.perf_counter() - began
+
+    def told(self) -> dict[str, Any]:
+        if not isinstance(self.engine, NativeEngine):
+            return self.facts
+        again = self.engine.rescored_rows  # so far
+        return self.facts | {"rescored_rows": again, "logit_bytes": again * self._row_bytes}
 
     def prepare(self, test: str) -> None:
         self.engine.truncate(self._prompt, 0)
@@ -232,13 +238,15 @@ def report(
     peak_mib: float,
 ) -> dict[str, Any]:
     """One engine's row: rates, what they are of the machine's limits, and the facts. Of these, weight_bytes are read
-    once for all sequences that decode together, kv_bytes by each for every position behind it."""
+    once for all sequences that decode together, kv_bytes by each for every position behind it, and logit_bytes by each
+    for the logits that a screened head computes again."""
     measured: dict[str, Any] = {}
     for test in samples:
         measured |= test.summary(repeat, machine)
     facts = dict(facts)
     weights, kv = facts.pop("weight_bytes", None), facts.pop("kv_bytes", None)
-    a_token = None if weights is None else weights / work.batch + kv * work.mean_positions()
+    again = facts.pop("logit_bytes", 0)
+    a_token = None if weights is None else weights / work.batch + kv * work.mean_positions() + again
     decode, prefill = measured.pop("decode_tok_s"), measured.pop("prefill_tok_s")
     return {
         "decode_tok_s": decode,

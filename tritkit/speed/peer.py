@@ -22,7 +22,7 @@ from ..checkpoint import linear_names, linear_shape
 from ..models.config import ModelConfig
 from ..progress import progress
 from .measure import Contestant, Work
-from .shapes import draw, linear_spread, norm_sizes, normal_values, temporary_folder, ternary_words
+from .shapes import draw, embedding_spread, linear_spread, norm_sizes, normal_values, temporary_folder, ternary_words
 
 PEERS = ("llama.cpp",)
 ARCHITECTURES = {"bitnet": "bitnet", "llama": "llama"}
@@ -122,7 +122,7 @@ def random_gguf(name: str, config: ModelConfig) -> Iterator[tuple[Path, dict[str
     linear, head = ("tq2_0", "q6_k") if config.weights else ("f16", "f16")
     table = (config.vocab_size, config.hidden_size)
     tensors = {n: _random(linear, linear_shape(config, n), linear_spread(config, n)) for n in linear_names(config)}
-    tensors["model.embed_tokens"] = _random(head, table, 1 / math.sqrt(config.hidden_size))
+    tensors["model.embed_tokens"] = _random(head, table, embedding_spread(config))
     read = sum(tensor.nbytes() for tensor in tensors.values())  # a token reads them all: the embedding is the head
     for norm, size in norm_sizes(config).items():
         tensors[norm] = GgufTensor((size,), "f32", functools.partial(_ones, size))
