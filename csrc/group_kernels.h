@@ -218,7 +218,7 @@ void group_block(const GroupProduct& p, int tile, int distance, int token) {
             for (int i = 0; i < tiles; ++i) {
 #pragma GCC unroll 8
                 for (int b = 0; b < Codes::blocks; ++b) __builtin_prefetch(w[i] + b * kBlockBytes + kAhead);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
                 for (int part = 0; part < parts; ++part) at[i * parts + part] = w[i] + part * V::kBytes;
                 w[i] += Codes::blocks * kBlockBytes;
             }
@@ -228,17 +228,23 @@ void group_block(const GroupProduct& p, int tile, int distance, int token) {
                 typename V::Ints products[tokens][vectors];
 #pragma GCC unroll 8
                 for (int t = 0; t < tokens; ++t) {
-                    const auto start = V::splat32(-p.bias * unit_sum<unit>(x_sums + t * 2 * strips + at16));
+                    const int32_t sum = unit_sum<unit>(x_sums + t * 2 * strips + at16);
+                    const auto start = V::plus(V::splat32(-p.bias * sum), V::template start<Codes::largest>(sum));
 #pragma GCC unroll 8
                     for (int i = 0; i < vectors; ++i) products[t][i] = start;
                 }
 #pragma GCC unroll 2
                 for (int pass = 0; pass < Codes::passes; ++pass) {
-                    if (pass)
+                    if (pass) {
 #pragma GCC unroll 8
-                        for (int t = 0; t < tokens; ++t)
+                        for (int t = 0; t < tokens; ++t) {
+                            const auto start =
+                                V::template start<Codes::largest>(unit_sum<unit>(x_sums + t * 2 * strips + at16));
 #pragma GCC unroll 8
-                            for (int i = 0; i < vectors; ++i) products[t][i] = V::shift_left(products[t][i], 8);
+                            for (int i = 0; i < vectors; ++i)
+                                products[t][i] = V::plus(V::shift_left(products[t][i], 8), start);
+                        }
+                    }
                     add_unit<V, Codes, unit>(products, readers, at, x + k, stride, half * unit / 4, tables[pass]);
                 }
 #pragma GCC unroll 8

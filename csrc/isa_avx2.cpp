@@ -20,7 +20,7 @@ bool supported() {
            (c >> 29 & 1);
 }
 
-constexpr int kAhead = 2048;  // bytes from the load to the prefetch, in each of the streams
+constexpr int kAhead = 4096;  // bytes from the load to the prefetch, in each of the streams
 
 ISA_BEGIN("avx2,fma,f16c")
 
@@ -29,8 +29,8 @@ ISA_BEGIN("avx2,fma,f16c")
 /// Without VNNI a pair of products is an int16 first.
 struct V : Vectors256 {
     using Narrow = __m256i;
-    static constexpr int kStreams = 2, kFewTokens = 2, kFewTiles = 2, kGroupTokens = 4, kGroupTiles = 1,
-                         kPanelTokens = 4, kPanelTiles = 1, kPanelFrom = 5;
+    static constexpr int kStreams = 2, kFewTokens = 2, kFewTiles = 1, kGroupTokens = 4, kGroupTiles = 1,
+                         kPanelTokens = 6, kPanelTiles = 1, kPanelFrom = 35;
     static constexpr bool kUnsignedDot = false;
     template <int largest>
     static constexpr bool narrow() {

@@ -20,15 +20,15 @@ bool supported() {
     return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);  // leaf 7, subleaf 1, EAX bit 4
 }
 
-constexpr int kAhead = 2048;  // bytes from the load to the prefetch, in each of the streams
+constexpr int kAhead = 4096;  // bytes from the load to the prefetch, in each of the streams
 
 ISA_BEGIN("avx2,fma,f16c,avxvnni")
 
 #include "isa_256.h"
 
 struct V : Vectors256 {
-    static constexpr int kStreams = 1, kFewTokens = 2, kFewTiles = 2, kGroupTokens = 4, kGroupTiles = 1,
-                         kPanelTokens = 6, kPanelTiles = 1, kPanelFrom = 5;
+    static constexpr int kStreams = 1, kFewTokens = 2, kFewTiles = 2, kGroupTokens = 5, kGroupTiles = 1,
+                         kPanelTokens = 6, kPanelTiles = 1, kPanelFrom = 35;
     static constexpr bool kUnsignedDot = true;
     template <int largest>
     static constexpr bool narrow() {

@@ -107,6 +107,43 @@ struct V {
     TRITKIT_INLINE int32x4_t shift_right32(int32x4_t v, int n) { return vshlq_s32(v, vdupq_n_s32(-n)); }
     TRITKIT_INLINE int32x4_t load32(const int32_t* p) { return vld1q_s32(p); }
     TRITKIT_INLINE void store(int32_t* p, int32x4_t v) { vst1q_s32(p, v); }
+
+    // --- For grouped weights: group_kernels.h says what each of these is for.
+    using Floats = float32x4_t;
+    template <int n>
+    TRITKIT_INLINE uint8x16_t shift_left(uint8x16_t v) {
+        return vshlq_n_u8(v, n);
+    }
+    TRITKIT_INLINE uint8x16_t merge(uint8x16_t a, uint8x16_t b, uint8x16_t mask) {
+        return vorrq_u8(a, vandq_u8(b, mask));
+    }
+    TRITKIT_INLINE uint8x16_t load_table(const uint8_t* p) { return vld1q_u8(p); }
+    TRITKIT_INLINE uint8x16_t lookup(uint8x16_t table, uint8x16_t codes) { return vqtbl1q_u8(table, codes); }
+    TRITKIT_INLINE float32x4_t no_floats() { return vdupq_n_f32(0.0f); }
+    TRITKIT_INLINE float32x4_t load_floats(const float* p) { return vld1q_f32(p); }
+    TRITKIT_INLINE void store_floats(float* p, float32x4_t v) { vst1q_f32(p, v); }
+    TRITKIT_INLINE float32x4_t splat_floats(float value) { return vdupq_n_f32(value); }
+    TRITKIT_INLINE float32x4_t to_floats(int32x4_t v) { return vcvtq_f32_s32(v); }
+    TRITKIT_INLINE float32x4_t halves(const uint8_t* p) {
+        return vcvt_f32_f16(vreinterpret_f16_u16(vreinterpret_u16_u8(vld1_u8(p))));
+    }
+    TRITKIT_INLINE uint8x8_t four_bytes(const uint8_t* p) {
+        uint32_t four;
+        memcpy(&four, p, 4);
+        return vreinterpret_u8_u32(vdup_n_u32(four));
+    }
+    TRITKIT_INLINE float32x4_t int8s(const uint8_t* p) {
+        return to_floats(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u8(four_bytes(p))))));
+    }
+    TRITKIT_INLINE float32x4_t wide(uint8x8_t bytes) { return vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(bytes)))); }
+    TRITKIT_INLINE float32x4_t uint8s(const uint8_t* p) { return wide(four_bytes(p)); }
+    TRITKIT_INLINE float32x4_t nibbles(const uint8_t* p, int shift) {
+        const uint8x8_t shifted = vshl_u8(four_bytes(p), vdup_n_s8(static_cast<int8_t>(-shift)));
+        return wide(vand_u8(shifted, vdup_n_u8(15)));
+    }
+    TRITKIT_INLINE float32x4_t times(float32x4_t a, float32x4_t b) { return vmulq_f32(a, b); }
+    TRITKIT_INLINE float32x4_t subtract(float32x4_t a, float32x4_t b) { return vsubq_f32(a, b); }
+    TRITKIT_INLINE float32x4_t fma(float32x4_t a, float32x4_t b, float32x4_t c) { return vfmaq_f32(c, a, b); }
 };
 
 #include "tile_kernels.h"
@@ -151,6 +188,39 @@ float quantize_row(const float* x, int columns, float levels, int8_t* codes, int
     }
     *sum = vaddvq_s32(total);
     return 1.0f / inverse;
+}
+
+#include "group_kernels.h"
+
+void quantize_groups(const float* x, int columns, int8_t* codes, float* scales, int32_t* sums, float* moments) {
+    const float32x4_t low = vdupq_n_f32(-127.0f), high = vdupq_n_f32(127.0f);
+    for (int i = 0; i < columns; i += kStripColumns, codes += 32, ++scales, sums += 2, moments += 2) {
+        float32x4_t v[8], absmax4 = vdupq_n_f32(0.0f);
+        for (int j = 0; j < 8; ++j) {
+            const int left = columns - i - 4 * j;
+            v[j] = load_up_to_4(x + i + 4 * j, left > 0 ? left : 0);
+            const float32x4_t size = vabsq_f32(v[j]);
+            absmax4 = vbslq_f32(vcgtq_f32(size, absmax4), size, absmax4);
+        }
+        const float absmax = vmaxvq_f32(absmax4);
+        const float inverse = 127.0f / (absmax > 1e-5f ? absmax : 1e-5f);
+        *scales = 1.0f / inverse;
+        for (int h = 0; h < 2; ++h) {
+            int32x4_t total = vdupq_n_s32(0);
+            for (int j = 4 * h; j < 4 * h + 4; ++j) {
+                float32x4_t code = vrndnq_f32(vmulq_f32(v[j], vdupq_n_f32(inverse)));
+                code = vbslq_f32(vcgtq_f32(code, low), code, low);
+                code = vbslq_f32(vcltq_f32(code, high), code, high);
+                const int32x4_t wide = vcvtq_s32_f32(code);
+                total = vaddq_s32(total, wide);
+                const int16x4_t half = vmovn_s32(wide);
+                const int8x8_t bytes = vmovn_s16(vcombine_s16(half, half));
+                memcpy(codes + 4 * j, &bytes, 4);
+            }
+            sums[h] = vaddvq_s32(total);
+            moments[h] = *scales * static_cast<float>(sums[h]);
+        }
+    }
 }
 
 struct F32 {
@@ -208,10 +278,52 @@ void matmul_floats(const FloatProduct& p) {
     }
 }
 
+template <int streams>
+uint64_t read_runs(const uint8_t* data, size_t bytes, int ahead) {
+    const size_t run = bytes / streams;
+    uint8x16_t sums[streams];
+    for (int s = 0; s < streams; ++s) sums[s] = vdupq_n_u8(0);
+    for (size_t i = 0; i < run; i += kBlockBytes) {
+#pragma GCC unroll 8
+        for (int s = 0; s < streams; ++s) {
+            const uint8_t* at = data + s * run + i;
+            if (ahead) __builtin_prefetch(at + ahead);
+            const uint8x16_t low = veorq_u8(vld1q_u8(at), vld1q_u8(at + 16));
+            sums[s] = veorq_u8(sums[s], veorq_u8(low, veorq_u8(vld1q_u8(at + 32), vld1q_u8(at + 48))));
+        }
+    }
+    uint8x16_t sum = sums[0];
+    for (int s = 1; s < streams; ++s) sum = veorq_u8(sum, sums[s]);
+    return vgetq_lane_u64(vreinterpretq_u64_u8(sum), 0) ^ vgetq_lane_u64(vreinterpretq_u64_u8(sum), 1);
+}
+
+uint64_t read_stream(const uint8_t* data, size_t bytes, int streams, int ahead) {
+    return streams == 1   ? read_runs<1>(data, bytes, ahead)
+           : streams == 2 ? read_runs<2>(data, bytes, ahead)
+           : streams == 4 ? read_runs<4>(data, bytes, ahead)
+                          : read_runs<8>(data, bytes, ahead);
+}
+
+int64_t integer_peak(int64_t rounds) {
+    constexpr int chains = 16;  // more than the latency of sdot times the number of its units
+    const uint8x16_t codes = vdupq_n_u8(1);
+    const V::Four x{vdupq_n_s8(3), 0};
+    int32x4_t sums[chains];
+    for (int c = 0; c < chains; ++c) sums[c] = vdupq_n_s32(c);  // each its own, else one chain would do for all
+    for (int64_t i = 0; i < rounds; ++i) {
+#pragma GCC unroll 16
+        for (int c = 0; c < chains; ++c) sums[c] = V::dot<1>(sums[c], codes, x);
+    }
+#pragma GCC unroll 16
+    for (int c = 0; c < chains; ++c) asm volatile("" : : "w"(sums[c]));
+    return rounds * chains * 16 * 2;
+}
+
 ISA_END
 
 }  // namespace
 
+extern const VectorKernels kNeonVectors;
 extern const Kernels kNeon;
 const Kernels kNeon = {
     "neon",
@@ -223,7 +335,12 @@ const Kernels kNeon = {
     matmul_floats<F32>,
     matmul_floats<F16>,
     matmul_floats<BF16>,
-    nullptr,  // the work on vectors is inherited
+    &kNeonVectors,
+    read_stream,
+    integer_peak,
+
+    quantize_groups,
+    matmul_groups<V>,
 };
 
 }  // namespace tritkit

@@ -14,10 +14,11 @@
 // words; places<bits>, how many fields are used in place with one token; the others say how many tokens and tiles fit
 // into its registers.
 
-/// Codes of `bits` bits, fields from the lowest bits up. largest: the largest code that occurs.
+/// Codes of `bits` bits, fields from the lowest bits up. largest: the largest code that occurs; steps: about how many
+/// instructions take() is.
 template <int bits, int largest_code = (1 << bits) - 1>
 struct Bits {
-    static constexpr int fields = 8 / bits, columns = 4 * fields, largest = largest_code;
+    static constexpr int fields = 8 / bits, columns = 4 * fields, largest = largest_code, steps = 2;
 
     /// The codes of the lowest field; the next field moves down.
     template <class V>
@@ -35,7 +36,7 @@ struct Bits {
 /// Five trits in a byte, q = ceil(256 / 243 * sum of t_f 3^(4-f)): the first is (3 q) >> 8, and 3 q mod 256 holds the
 /// rest in the same way.
 struct Trits {
-    static constexpr int fields = 5, columns = 20, largest = 2;
+    static constexpr int fields = 5, columns = 20, largest = 2, steps = 7;
 
     template <class V>
     TRITKIT_INLINE typename V::Bytes take(typename V::Bytes& v) {
@@ -310,7 +311,7 @@ void matmul_tiles(const TileProduct& p) {
         tile_streams<V, Codes, V::kFewTokens, V::kFewTiles>(p, p.tile_begin, p.tile_end);
     else if (Codes::fields == 1)
         tile_streams<V, Codes, V::kPanelTokens, V::kPanelTiles>(p, p.tile_begin, p.tile_end);
-    else if (p.tokens < V::kPanelFrom || !p.panel)
+    else if (p.tokens * Codes::steps < V::kPanelFrom || !p.panel)
         tile_streams<V, Codes, V::kGroupTokens, V::kGroupTiles>(p, p.tile_begin, p.tile_end);
     else
         panel_product<V, Codes>(p);
