@@ -83,28 +83,27 @@ struct GroupLayout {
     }
 };
 
-/// Activations in groups: int8 codes with a scale for each 32 columns. Zeros beyond the last column.
-struct GroupedCodes {
-    int8_t* codes;  // [tokens, code_stride]
-    ptrdiff_t code_stride;
-    float* scales;   // [tokens, strips]
-    int32_t* sums;   // [tokens, 2 * strips]: the sum of the codes of 16 columns
-    float* moments;  // [tokens, 2 * strips]: scale * sum
-    ptrdiff_t strips;
+/// 32 activations of a token: all that a product needs to know of them, in one cache line.
+struct alignas(64) ActivationStrip {
+    int8_t codes[kStripColumns];
+    float scale;
+    int32_t starts[4];  // minus the sum of the codes of the first 16 columns, of the others, of all; and zero
+    float moments[3];   // scale * the sum of the codes of the same columns
 };
 
 /// Products of some tiles with some tokens: out[t][r - 16 * tile_begin] = sum over k of w[r][k] * x[t][k].
 /// For the units u in order, all in float32 with one rounding for each line:
 ///   t = scale_u * float(sum over k of u of (code - bias) * x code)
 ///   sum = fma(t, x scale, sum)
-///   sum = fma(offset_u, sum of x over u, sum)     where there are offsets
+///   sum = fma(offset_u, x moment of u, sum)     where there are offsets
 struct GroupProduct {
     const uint8_t* weights;  // tile 0
     GroupLayout layout;
-    int bias;              // of the codes, or of the high bytes of a table
-    const uint8_t* table;  // 16 high bytes of the numbers + bias * 256, 16 low bytes; kTable8: the high ones alone
+    int bias_bits;         // bias = 2^bias_bits; none: -1
+    const uint8_t* table;  // kTable8: 16 numbers + bias; kTable16: 16 high bytes + bias, 16 low bytes
     int tile_begin, tile_end;
-    GroupedCodes x;
+    const ActivationStrip* x;  // [tokens, x_stride], codes of zero beyond the last column
+    ptrdiff_t x_stride;
     int tokens;
     float* out;  // [tokens, out_stride]
     ptrdiff_t out_stride;
