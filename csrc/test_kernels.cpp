@@ -275,6 +275,7 @@ std::vector<float> group_product(const char* isa, const GroupLayout& g, int tile
 }
 
 void expect_equal_groups(const char* isa, const GroupLayout& g, int tiles, int tokens, bool extreme) {
+    if (!std::strcmp(isa, "scalar")) return;
     const std::vector<float> a = group_product(isa, g, tiles, tokens, extreme),
                              b = group_product("scalar", g, tiles, tokens, extreme);
     const std::string name =
@@ -306,7 +307,7 @@ void test_groups(const char* isa) {
                                 random_int(1, 13), tokens, false);
         for (int tokens : {1, 2, 7})
             expect_equal_groups(isa,
-                                {static_cast<GroupCodes>(codes), GroupScales::kHalf, GroupOffsets::kZeros, 32768, 32},
+                                {static_cast<GroupCodes>(codes), GroupScales::kHalf, GroupOffsets::kZeros, 512, 32},
                                 3, tokens, true);
     }
     for (int columns : {1, 5, 16, 31, 32, 33, 200}) {
