@@ -13,7 +13,7 @@
 // V has, besides what tile_kernels.h says: Floats; shift_left<n>, merge (a | (b & mask)), load_table, lookup;
 // no_floats, load_floats, store_floats, splat_floats, halves, int8s, uint8s, to_floats, times, subtract, fma.
 
-constexpr int kFewTokens = 16;
+constexpr int kPanelTokens = 16;  // from so many on a span of all tiles is worked on at a time
 
 struct SpanScales {
     alignas(64) float scales[kSpanColumns / kGroupUnit][kTileRows];
@@ -299,7 +299,7 @@ void group_streams(const GroupProduct& p, int tile, int end) {
     const ptrdiff_t tile_bytes = g.tile_bytes();
     const int distance = (end - tile) / streams, groups = (p.tokens + most - 1) / most;
     // A group that goes on into the next span is known only to who has read the span before.
-    const int panel = p.tokens > kFewTokens && kSpanColumns % g.group == 0 ? distance : 1;
+    const int panel = p.tokens >= kPanelTokens && kSpanColumns % g.group == 0 ? distance : 1;
     TileSpans<streams> s;
     for (int first = tile; first < tile + distance; first += panel) {
         const uint8_t* span = p.weights + first * tile_bytes;  // of the first tile

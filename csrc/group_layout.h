@@ -55,7 +55,12 @@ struct GroupLayout {
     int unit() const { return group % kStripColumns ? kGroupUnit : kStripColumns; }
     bool has_d() const { return scales >= GroupScales::kTwoLevel; }
     bool has_dmin() const { return offsets == GroupOffsets::kMins; }
-    /// Blocks of 64 bytes that hold the codes of 32 columns.
+    /// Bits of the low plane.
+    int low_bits() const {
+        constexpr int kBits[] = {2, 2, 4, 4, 4, 8, 4, 4};
+        return kBits[static_cast<int>(codes)];
+    }
+    /// Blocks of 64 bytes that hold the codes of 32 columns: as many as a code has bits.
     int strip_blocks() const {
         constexpr int kBlocks[] = {2, 3, 4, 5, 6, 8, 4, 4};
         return kBlocks[static_cast<int>(codes)];

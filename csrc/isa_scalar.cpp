@@ -136,9 +136,8 @@ int plane_code(const uint8_t* plane, int bits, int row, int column) {
 
 /// What the integer product multiplies with: the code or the number of the table, less the bias.
 int grouped_number(const GroupProduct& p, const uint8_t* strip, int row, int column) {
-    constexpr int kLow[] = {2, 2, 4, 4, 4, 8, 4, 4};
     const int bias = p.bias_bits < 0 ? 0 : 1 << p.bias_bits;
-    const int low_bits = kLow[static_cast<int>(p.layout.codes)];
+    const int low_bits = p.layout.low_bits();
     int code = plane_code(strip, low_bits, row, column);
     if (p.layout.codes == GroupCodes::kTable8) return p.table[code] - bias;
     if (p.layout.codes == GroupCodes::kTable16) return (p.table[code] - bias) * 256 + p.table[16 + code];
