@@ -430,22 +430,33 @@ nb::object attention(const Array& q, const Array& k, const Array& v, double rope
     return array;
 }
 
-/// Codes and scales of float32 [tokens, columns].
+/// Codes [tokens, columns] of float32 [tokens, columns], and their scales, [tokens] or [tokens, strips of 32].
 std::pair<nb::object, nb::object> quantize(const Array& x, const std::string& format, const std::string& isa) {
     const float* from = checked<float>(x, "x", 2);
     const int tokens = static_cast<int>(x.shape(0)), columns = static_cast<int>(x.shape(1));
     const ActivationFormat activations = activation_format(format);
+    const bool grouped = activations == ActivationFormat::kA8G32;
     Activations input(tokens, columns);
     input.reserve(activations);
+    const size_t strips = static_cast<size_t>(input.strip_stride());
     int8_t* codes = nullptr;
     float* scales = nullptr;
-    nb::object code_array = new_array(codes, {x.shape(0), x.shape(1)}), scale_array = new_array(scales, {x.shape(0)});
+    nb::object code_array = new_array(codes, {x.shape(0), x.shape(1)}),
+               scale_array = grouped ? new_array(scales, {x.shape(0), strips}) : new_array(scales, {x.shape(0)});
     for (int t = 0; t < tokens && activations != ActivationFormat::kFloat; ++t) {
         std::copy_n(from + static_cast<ptrdiff_t>(t) * columns, columns, input.row(t));
         input.quantize(t, kernels_for(isa));
-        std::copy_n(input.codes(activations).codes.data() + t * input.code_stride(), columns,
-                    codes + static_cast<ptrdiff_t>(t) * columns);
-        scales[t] = input.codes(activations).scales[t];
+        int8_t* to = codes + static_cast<ptrdiff_t>(t) * columns;
+        if (!grouped) {
+            std::copy_n(input.codes(activations).codes.data() + t * input.code_stride(), columns, to);
+            scales[t] = input.codes(activations).scales[t];
+            continue;
+        }
+        const ActivationStrip* strip = input.strips() + t * input.strip_stride();
+        for (int k = 0; k < columns; k += kStripColumns, ++strip) {
+            std::copy_n(strip->codes, std::min(columns - k, kStripColumns), to + k);
+            *scales++ = strip->scale;
+        }
     }
     return {code_array, scale_array};
 }
@@ -504,7 +515,8 @@ NB_MODULE(_native, m) {
         .def(nb::new_(&new_row_table), "layout"_a, "data"_a, "rows"_a, "cols"_a, "scale"_a, "drop_pages"_a = false);
 
     nb::class_<Head>(m, "Head", "The output head.")
-        .def(nb::init<LinearPtr>(), "linear"_a)
+        .def(nb::new_([](std::shared_ptr<Linear> linear) { return std::make_shared<Head>(std::move(linear)); }),
+             "linear"_a)
         .def(nb::new_(&quantized_head), "runner"_a, "rows"_a, "bits"_a, "exact"_a.none() = nb::none())
         .def_prop_ro("bytes", &Head::bytes)
         .def_prop_ro("layout", [](const Head& h) { return h.linear().layout(); })
