@@ -96,6 +96,17 @@ struct alignas(64) ActivationStrip {
     float moments[3];   // scale * the sum of the codes of the same columns
 };
 
+/// What a strip holds besides its scale, from codes of which `count` mean something.
+inline void set_codes(const int32_t (&codes)[kStripColumns], int count, ActivationStrip& strip) {
+    for (int32_t& start : strip.starts) start = 0;
+    for (int i = 0; i < kStripColumns; ++i) {
+        strip.codes[i] = static_cast<int8_t>(i < count ? codes[i] : 0);
+        strip.starts[i / kGroupUnit] -= strip.codes[i];
+    }
+    strip.starts[2] = strip.starts[0] + strip.starts[1];
+    for (int i = 0; i < 3; ++i) strip.moments[i] = strip.scale * static_cast<float>(-strip.starts[i]);
+}
+
 /// Products of some tiles with some tokens: out[t][r - 16 * tile_begin] = sum over k of w[r][k] * x[t][k].
 /// For the units u in order, all in float32 with one rounding for each line:
 ///   t = scale_u * float(sum over k of u of (code - bias) * x code)

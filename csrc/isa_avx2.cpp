@@ -126,14 +126,7 @@ void quantize_groups(const float* x, int columns, ActivationStrip* strips) {
             _mm256_store_si256(reinterpret_cast<__m256i*>(wide + 8 * i),
                                _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(code, low), high)));
         }
-        strips->starts[0] = strips->starts[1] = 0;
-        for (int i = 0; i < kStripColumns; ++i) {
-            strips->codes[i] = static_cast<int8_t>(i < columns ? wide[i] : 0);
-            strips->starts[i / kGroupUnit] -= strips->codes[i];
-        }
-        strips->starts[2] = strips->starts[0] + strips->starts[1];
-        strips->starts[3] = 0;
-        for (int i = 0; i < 3; ++i) strips->moments[i] = strips->scale * static_cast<float>(-strips->starts[i]);
+        set_codes(wide, columns, *strips);
     }
 }
 

@@ -107,6 +107,43 @@ struct V {
     TRITKIT_INLINE int32x4_t shift_right32(int32x4_t v, int n) { return vshlq_s32(v, vdupq_n_s32(-n)); }
     TRITKIT_INLINE int32x4_t load32(const int32_t* p) { return vld1q_s32(p); }
     TRITKIT_INLINE void store(int32_t* p, int32x4_t v) { vst1q_s32(p, v); }
+
+    // --- For grouped weights: group_kernels.h says what each of these is for.
+    using Floats = float32x4_t;
+    static constexpr int kSpanTokens = 2, kSpanTiles = 1;
+    template <int n>
+    TRITKIT_INLINE uint8x16_t shift_left(uint8x16_t v) {
+        return vshlq_n_u8(v, n);
+    }
+    TRITKIT_INLINE uint8x16_t merge(uint8x16_t a, uint8x16_t b, uint8x16_t mask) {
+        return vorrq_u8(a, vandq_u8(b, mask));
+    }
+    TRITKIT_INLINE uint8x16_t load_table(const uint8_t* p) { return vld1q_u8(p); }
+    TRITKIT_INLINE uint8x16_t lookup(uint8x16_t table, uint8x16_t codes) { return vqtbl1q_u8(table, codes); }
+    TRITKIT_INLINE float32x4_t no_floats() { return vdupq_n_f32(0.0f); }
+    TRITKIT_INLINE float32x4_t load_floats(const float* p) { return vld1q_f32(p); }
+    TRITKIT_INLINE void store_floats(float* p, float32x4_t v) { vst1q_f32(p, v); }
+    TRITKIT_INLINE float32x4_t splat_floats(float value) { return vdupq_n_f32(value); }
+    TRITKIT_INLINE float32x4_t to_floats(int32x4_t v) { return vcvtq_f32_s32(v); }
+    TRITKIT_INLINE uint8x8_t four_bytes(const uint8_t* p) {
+        uint32_t four;
+        memcpy(&four, p, 4);
+        return vreinterpret_u8_u32(vdup_n_u32(four));
+    }
+    TRITKIT_INLINE float32x4_t halves(const uint8_t* p) { return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p))); }
+    TRITKIT_INLINE float32x4_t int8s(const uint8_t* p) {
+        return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u8(four_bytes(p))))));
+    }
+    TRITKIT_INLINE float32x4_t uint8s(const uint8_t* p) {
+        return vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(four_bytes(p)))));
+    }
+    TRITKIT_INLINE float32x4_t nibbles(const uint8_t* p, int shift) {
+        const uint8x8_t moved = vshl_u8(four_bytes(p), vdup_n_s8(static_cast<int8_t>(-shift)));
+        return vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(vand_u8(moved, vdup_n_u8(15))))));
+    }
+    TRITKIT_INLINE float32x4_t times(float32x4_t a, float32x4_t b) { return vmulq_f32(a, b); }
+    TRITKIT_INLINE float32x4_t subtract(float32x4_t a, float32x4_t b) { return vsubq_f32(a, b); }
+    TRITKIT_INLINE float32x4_t fma(float32x4_t a, float32x4_t b, float32x4_t c) { return vfmaq_f32(c, a, b); }
 };
 
 #include "tile_kernels.h"
@@ -152,6 +189,31 @@ float quantize_row(const float* x, int columns, float levels, int8_t* codes, int
     *sum = vaddvq_s32(total);
     return 1.0f / inverse;
 }
+
+/// Each 32 columns as quantize_row does with a row.
+void quantize_groups(const float* x, int columns, ActivationStrip* strips) {
+    const float32x4_t low = vdupq_n_f32(-127.0f), high = vdupq_n_f32(127.0f);
+    for (; columns > 0; columns -= kStripColumns, x += kStripColumns, ++strips) {
+        float32x4_t v[8], absmax4 = vdupq_n_f32(0.0f);
+        for (int i = 0; i < 8; ++i) {
+            v[i] = load_up_to_4(x + 4 * i, columns > 4 * i ? columns - 4 * i : 0);
+            const float32x4_t size = vabsq_f32(v[i]);
+            absmax4 = vbslq_f32(vcgtq_f32(size, absmax4), size, absmax4);
+        }
+        const float absmax = vmaxvq_f32(absmax4), inverse = 127.0f / (absmax > 1e-5f ? absmax : 1e-5f);
+        strips->scale = 1.0f / inverse;
+        alignas(16) int32_t wide[kStripColumns];
+        for (int i = 0; i < 8; ++i) {
+            float32x4_t code = vrndnq_f32(vmulq_f32(v[i], vdupq_n_f32(inverse)));
+            code = vbslq_f32(vcgtq_f32(code, low), code, low);
+            code = vbslq_f32(vcltq_f32(code, high), code, high);
+            vst1q_s32(wide + 4 * i, vcvtq_s32_f32(code));
+        }
+        set_codes(wide, columns, *strips);
+    }
+}
+
+#include "group_kernels.h"
 
 struct F32 {
     using Element = float;
@@ -224,6 +286,11 @@ const Kernels kNeon = {
     matmul_floats<F16>,
     matmul_floats<BF16>,
     nullptr,  // the work on vectors is inherited
+    nullptr,
+    nullptr,
+
+    quantize_groups,
+    matmul_groups<V>,
 };
 
 }  // namespace tritkit

@@ -113,17 +113,15 @@ void quantize_groups(const float* x, int columns, ActivationStrip* strips) {
         float absmax = 0.0f;
         for (int i = 0; i < count; ++i) absmax = std::fabs(x[i]) > absmax ? std::fabs(x[i]) : absmax;
         const float inverse = 127.0f / std::max(absmax, 1e-5f);
-        *strips = {};
         strips->scale = 1.0f / inverse;
+        int32_t codes[kStripColumns] = {};
         for (int i = 0; i < count; ++i) {
             float code = std::nearbyintf(x[i] * inverse);  // halves to even
             code = code > -127.0f ? code : -127.0f;        // not a number goes here too
             code = code < 127.0f ? code : 127.0f;
-            strips->codes[i] = static_cast<int8_t>(code);
-            strips->starts[i / kGroupUnit] -= strips->codes[i];
+            codes[i] = static_cast<int32_t>(code);
         }
-        strips->starts[2] = strips->starts[0] + strips->starts[1];
-        for (int i = 0; i < 3; ++i) strips->moments[i] = strips->scale * static_cast<float>(-strips->starts[i]);
+        set_codes(codes, count, *strips);
     }
 }
 

@@ -307,8 +307,8 @@ void test_groups(const char* isa) {
                                 random_int(1, 13), tokens, false);
         for (int tokens : {1, 2, 7})
             expect_equal_groups(isa,
-                                {static_cast<GroupCodes>(codes), GroupScales::kHalf, GroupOffsets::kZeros, 512, 32},
-                                3, tokens, true);
+                                {static_cast<GroupCodes>(codes), GroupScales::kHalf, GroupOffsets::kZeros, 512, 32}, 3,
+                                tokens, true);
     }
     for (int columns : {1, 5, 16, 31, 32, 33, 200}) {
         for (float size : {1e-9f, 1.0f, 1e6f, NAN, INFINITY}) {
