@@ -12,6 +12,7 @@
 #include <optional>
 
 #include "decoder.h"
+#include "grouped.h"
 #include "machine.h"
 #include "sampling.h"
 
@@ -44,23 +45,18 @@ std::string dtype_name(nb::dlpack::dtype type) {
     return (type.code < 3 ? kinds[type.code] : "another kind of ") + std::to_string(type.bits);
 }
 
-/// The data of a contiguous array of T with this rank.
-template <class T>
-const T* checked(const Array& a, const char* name, size_t rank) {
+/// The data of a contiguous array of this rank.
+const void* checked_data(const Array& a, const char* name, size_t rank) {
     const std::string what(name);
-    if (a.dtype() != nb::dtype<T>())
-        throw nb::value_error(
-            (what + " is " + dtype_name(a.dtype()) + ", expected " + dtype_name(nb::dtype<T>())).c_str());
     if (a.ndim() != rank)
         throw nb::value_error(
             (what + " has shape " + shape_of(a) + ", expected " + std::to_string(rank) + " dimensions").c_str());
     if (!is_contiguous(a)) throw nb::value_error((what + " must be C-contiguous").c_str());
-    return static_cast<const T*>(a.data());
+    return a.data();
 }
 
-template <class T>
-const T* checked(const Array& a, const char* name, std::initializer_list<int64_t> shape) {
-    const T* data = checked<T>(a, name, shape.size());
+const void* checked_data(const Array& a, const char* name, std::initializer_list<int64_t> shape) {
+    const void* data = checked_data(a, name, shape.size());
     size_t i = 0;
     std::string expected;
     bool good = true;
@@ -72,6 +68,15 @@ const T* checked(const Array& a, const char* name, std::initializer_list<int64_t
         throw nb::value_error(
             (std::string(name) + " has shape " + shape_of(a) + ", expected [" + expected + "]").c_str());
     return data;
+}
+
+/// The same for elements of T; `shape` is the rank or all dimensions.
+template <class T, class Shape = std::initializer_list<int64_t>>
+const T* checked(const Array& a, const char* name, Shape shape) {
+    if (a.dtype() != nb::dtype<T>())
+        throw nb::value_error(
+            (std::string(name) + " is " + dtype_name(a.dtype()) + ", expected " + dtype_name(nb::dtype<T>())).c_str());
+    return static_cast<const T*>(checked_data(a, name, shape));
 }
 
 template <class T>
@@ -156,6 +161,82 @@ Norm norm(const std::optional<Array>& a, const char* name, int size) {
     if (!a) return {};
     const float* data = checked<float>(*a, name, {size});
     return Norm(data, data + size);
+}
+
+// --- Matrices with scales for groups of columns.
+
+using OptionalArray = std::optional<Array>;
+
+/// float16 as its bits.
+const uint16_t* checked_halves(const Array& a, const char* name, std::initializer_list<int64_t> shape) {
+    if (a.dtype() != nb::dlpack::dtype{static_cast<uint8_t>(nb::dlpack::dtype_code::Float), 16, 1})
+        throw nb::value_error((std::string(name) + " is " + dtype_name(a.dtype()) + ", expected float16").c_str());
+    return static_cast<const uint16_t*>(checked_data(a, name, shape));
+}
+
+const void* checked_floats(const Array& a, const char* name, std::initializer_list<int64_t> shape, bool& half) {
+    half = a.dtype().bits == 16;
+    return half ? static_cast<const void*>(checked_halves(a, name, shape)) : checked<float>(a, name, shape);
+}
+
+/// The arrays stay the caller's.
+GroupedSource grouped_source(const Array& codes, int bits, int group, const Array& scales, const OptionalArray& d,
+                             const OptionalArray& zeros, const OptionalArray& offsets, const OptionalArray& mins,
+                             const OptionalArray& dmin, const OptionalArray& table) {
+    GroupedSource s{};
+    s.codes = checked<uint8_t>(codes, "codes", 2);
+    s.rows = static_cast<int>(codes.shape(0));
+    s.columns = static_cast<int>(codes.shape(1));
+    s.bits = bits;
+    s.group = group;
+    if (s.rows < 1 || s.columns < 1 || group < 1) throw nb::value_error("rows, columns and group must be positive");
+    if ((zeros ? 1 : 0) + (offsets ? 1 : 0) + (mins ? 1 : 0) > 1)
+        throw nb::value_error("only one of zeros, offsets and mins may be given");
+    if (mins.has_value() != dmin.has_value()) throw nb::value_error("mins and dmin go together");
+    const int64_t groups = (s.columns + int64_t{group} - 1) / group, spans = (s.columns + 255) / 256;
+    bool half = false;
+    if (d) {
+        s.scale_form = GroupScales::kTwoLevel;
+        s.d = checked_halves(*d, "d", {s.rows, spans});
+        s.scales = checked<int8_t>(scales, "scales", {s.rows, groups});
+    } else {
+        s.scales = checked_floats(scales, "scales", {s.rows, groups}, half);
+        s.scale_form = half ? GroupScales::kHalf : GroupScales::kFloat;
+    }
+    s.offset_form = GroupOffsets::kNone;
+    if (zeros) {
+        s.offset_form = GroupOffsets::kZeros;
+        s.offsets = checked<uint8_t>(*zeros, "zeros", {s.rows, groups});
+    }
+    if (offsets) {
+        s.offsets = checked_floats(*offsets, "offsets", {s.rows, groups}, half);
+        s.offset_form = half ? GroupOffsets::kHalf : GroupOffsets::kFloat;
+    }
+    if (mins) {
+        s.offset_form = GroupOffsets::kMins;
+        s.offsets = checked<uint8_t>(*mins, "mins", {s.rows, groups});
+        s.dmin = checked_halves(*dmin, "dmin", {s.rows, spans});
+    }
+    if (table) s.table = checked<int16_t>(*table, "table", {16});
+    return s;
+}
+
+int64_t grouped_bytes(const Array& codes, int bits, int group, const Array& scales, const OptionalArray& d,
+                      const OptionalArray& zeros, const OptionalArray& offsets, const OptionalArray& mins,
+                      const OptionalArray& dmin, const OptionalArray& table) {
+    return GroupedLinear::needed_bytes(
+        grouped_source(codes, bits, group, scales, d, zeros, offsets, mins, dmin, table));
+}
+
+std::shared_ptr<GroupedLinear> new_grouped(Runner& runner, const Array& codes, int bits, int group, const Array& scales,
+                                           const OptionalArray& d, const OptionalArray& zeros,
+                                           const OptionalArray& offsets, const OptionalArray& mins,
+                                           const OptionalArray& dmin, const OptionalArray& table, float scale,
+                                           const OptionalArray& bias) {
+    const GroupedSource source = grouped_source(codes, bits, group, scales, d, zeros, offsets, mins, dmin, table);
+    const float* bias_data = bias ? checked<float>(*bias, "bias", {source.rows}) : nullptr;
+    nb::gil_scoped_release release;
+    return std::make_shared<GroupedLinear>(source, scale, bias_data, runner.pool, runner.arena, runner.kernels);
 }
 
 LinearPtr linear_of(const nb::dict& layer, const char* name, int rows, int columns) {
@@ -349,22 +430,33 @@ nb::object attention(const Array& q, const Array& k, const Array& v, double rope
     return array;
 }
 
-/// Codes and scales of float32 [tokens, columns].
+/// Codes [tokens, columns] of float32 [tokens, columns], and their scales, [tokens] or [tokens, strips of 32].
 std::pair<nb::object, nb::object> quantize(const Array& x, const std::string& format, const std::string& isa) {
     const float* from = checked<float>(x, "x", 2);
     const int tokens = static_cast<int>(x.shape(0)), columns = static_cast<int>(x.shape(1));
     const ActivationFormat activations = activation_format(format);
+    const bool grouped = activations == ActivationFormat::kA8G32;
     Activations input(tokens, columns);
     input.reserve(activations);
+    const size_t strips = static_cast<size_t>(input.strip_stride());
     int8_t* codes = nullptr;
     float* scales = nullptr;
-    nb::object code_array = new_array(codes, {x.shape(0), x.shape(1)}), scale_array = new_array(scales, {x.shape(0)});
+    nb::object code_array = new_array(codes, {x.shape(0), x.shape(1)}),
+               scale_array = grouped ? new_array(scales, {x.shape(0), strips}) : new_array(scales, {x.shape(0)});
     for (int t = 0; t < tokens && activations != ActivationFormat::kFloat; ++t) {
         std::copy_n(from + static_cast<ptrdiff_t>(t) * columns, columns, input.row(t));
         input.quantize(t, kernels_for(isa));
-        std::copy_n(input.codes(activations).codes.data() + t * input.code_stride(), columns,
-                    codes + static_cast<ptrdiff_t>(t) * columns);
-        scales[t] = input.codes(activations).scales[t];
+        int8_t* to = codes + static_cast<ptrdiff_t>(t) * columns;
+        if (!grouped) {
+            std::copy_n(input.codes(activations).codes.data() + t * input.code_stride(), columns, to);
+            scales[t] = input.codes(activations).scales[t];
+            continue;
+        }
+        const ActivationStrip* strip = input.strips() + t * input.strip_stride();
+        for (int k = 0; k < columns; k += kStripColumns, ++strip) {
+            std::copy_n(strip->codes, std::min(columns - k, kStripColumns), to + k);
+            *scales++ = strip->scale;
+        }
     }
     return {code_array, scale_array};
 }
@@ -410,6 +502,14 @@ NB_MODULE(_native, m) {
              "activations"_a.none(), "bias"_a.none(), "mapped"_a = false)
         .def_prop_ro("bytes", &Linear::bytes)
         .def_prop_ro("layout", &Linear::layout);
+
+    nb::class_<GroupedLinear, Linear>(m, "GroupedLinear", "Codes of 2 to 8 bits with scales for groups of columns.")
+        .def(nb::new_(&new_grouped), "runner"_a, "codes"_a, "bits"_a, "group"_a, "scales"_a, "d"_a = nb::none(),
+             "zeros"_a = nb::none(), "offsets"_a = nb::none(), "mins"_a = nb::none(), "dmin"_a = nb::none(),
+             "table"_a = nb::none(), "scale"_a = 1.0f, "bias"_a = nb::none());
+    m.def("grouped_bytes", &grouped_bytes, "codes"_a, "bits"_a, "group"_a, "scales"_a, "d"_a = nb::none(),
+          "zeros"_a = nb::none(), "offsets"_a = nb::none(), "mins"_a = nb::none(), "dmin"_a = nb::none(),
+          "table"_a = nb::none(), "Bytes that a GroupedLinear would allocate at most.");
 
     nb::class_<RowTable>(m, "RowTable", "Rows of floats, looked up where they lie.")
         .def(nb::new_(&new_row_table), "layout"_a, "data"_a, "rows"_a, "cols"_a, "scale"_a, "drop_pages"_a = false);

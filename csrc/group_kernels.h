@@ -13,6 +13,8 @@
 // V has, besides what tile_kernels.h says: Floats; shift_left<n>, merge (a | (b & mask)), load_table, lookup;
 // no_floats, load_floats, store_floats, splat_floats, halves, int8s, uint8s, to_floats, times, subtract, fma.
 
+constexpr int kPanelTokens = 16;  // from so many on a span of all tiles is worked on at a time
+
 struct SpanScales {
     alignas(64) float scales[kSpanColumns / kGroupUnit][kTileRows];
     alignas(64) float offsets[kSpanColumns / kGroupUnit][kTileRows];
@@ -22,6 +24,7 @@ struct SpanScales {
 template <int low_bits, int high_bits>
 struct Planes {
     static constexpr int blocks = low_bits + high_bits, passes = 1, largest = (1 << blocks) - 1;
+    static constexpr bool has_table = false;
 
     template <class V>
     struct Reader {
@@ -58,6 +61,7 @@ struct Planes {
 template <int bytes>
 struct Table {
     static constexpr int blocks = 4, passes = bytes, largest = 255;
+    static constexpr bool has_table = true;
 
     template <class V>
     using Reader = Planes<4, 0>::Reader<V>;
@@ -136,8 +140,8 @@ const uint8_t* read_scales(const GroupLayout& g, const uint8_t* header, int begi
 /// Adds the integer products of `quads` quads from `quad` on.
 template <class V, class Codes, int quads, int tokens, int vectors, class Sum>
 TRITKIT_INLINE void add_quads(Sum (&sums)[tokens][vectors], typename Codes::template Reader<V> (&readers)[vectors],
-                              const uint8_t* const (&strips)[vectors], const int8_t* x, ptrdiff_t stride, int quad,
-                              typename V::Bytes table) {
+                              const uint8_t* const (&strips)[vectors], const ActivationStrip* x, ptrdiff_t stride,
+                              int quad, typename V::Bytes table) {
     constexpr bool narrow = V::template narrow<Codes::largest>();
 #pragma GCC unroll 8
     for (int q = quad; q < quad + quads; ++q) {
@@ -146,7 +150,7 @@ TRITKIT_INLINE void add_quads(Sum (&sums)[tokens][vectors], typename Codes::temp
         for (int i = 0; i < vectors; ++i) codes[i] = Codes::template take<V>(readers[i], strips[i], q, table);
 #pragma GCC unroll 8
         for (int t = 0; t < tokens; ++t) {
-            const auto four = V::broadcast4(x + t * stride, q);
+            const auto four = V::broadcast4(x[t * stride].codes, q);
 #pragma GCC unroll 8
             for (int i = 0; i < vectors; ++i) {
                 if constexpr (narrow)
@@ -162,8 +166,8 @@ TRITKIT_INLINE void add_quads(Sum (&sums)[tokens][vectors], typename Codes::temp
 template <class V, class Codes, int unit, int tokens, int vectors>
 TRITKIT_INLINE void add_unit(typename V::Ints (&sums)[tokens][vectors],
                              typename Codes::template Reader<V> (&readers)[vectors],
-                             const uint8_t* const (&strips)[vectors], const int8_t* x, ptrdiff_t stride, int quad,
-                             typename V::Bytes table) {
+                             const uint8_t* const (&strips)[vectors], const ActivationStrip* x, ptrdiff_t stride,
+                             int quad, typename V::Bytes table) {
     constexpr int quads = unit / 4;
     if constexpr (V::template narrow<Codes::largest>()) {
         constexpr int fit = 32768 / (256 * Codes::largest), most = fit < quads ? fit / 2 * 2 : quads;
@@ -182,122 +186,135 @@ TRITKIT_INLINE void add_unit(typename V::Ints (&sums)[tokens][vectors],
     }
 }
 
-/// The sum of the activation codes of a unit, from the sums of 16 columns; and the same of the moments.
-template <int unit, class T>
-TRITKIT_INLINE T unit_sum(const T* sums) {
-    return unit == kGroupUnit ? sums[0] : sums[0] + sums[1];
-}
-
-/// Products of `tokens` tokens, from `token` on, with `tiles` tiles: tile, tile + distance, ...
-template <class V, class Codes, int unit, int tokens, int tiles>
-void group_block(const GroupProduct& p, int tile, int distance, int token) {
-    constexpr int parts = kParts<V>, vectors = tiles * parts, lanes = V::kBytes / 4;
-    const GroupLayout& g = p.layout;
-    const ptrdiff_t tile_bytes = g.tile_bytes(), stride = p.x.code_stride, strips = p.x.strips;
-    const int8_t* x = p.x.codes + token * stride;
-    const float *x_scales = p.x.scales + token * strips, *moments = p.x.moments + token * 2 * strips;
-    const int32_t* x_sums = p.x.sums + token * 2 * strips;
-    typename V::Bytes tables[Codes::passes];
-    if constexpr (Codes::blocks == 4 && Codes::largest == 255)
-        for (int pass = 0; pass < Codes::passes; ++pass) tables[pass] = V::load_table(p.table + 16 * pass);
-    else
-        tables[0] = V::splat(0);
-    const uint8_t* w[tiles];
+/// The columns begin .. end - 1 of some tiles: where their codes are, and their scales.
+template <int tiles>
+struct TileSpans {
+    int begin, end;
+    const uint8_t* codes[tiles];
     SpanScales scales[tiles];
-    for (int i = 0; i < tiles; ++i) w[i] = p.weights + static_cast<ptrdiff_t>(tile + i * distance) * tile_bytes;
-    typename V::Floats sums[tokens][vectors];
-    clear(sums, V::no_floats());
+};
 
-    for (int begin = 0; begin < g.columns; begin += kSpanColumns) {
-        const int end = g.span_end(begin);
-        for (int i = 0; i < tiles; ++i) w[i] = read_scales<V, unit>(g, w[i], begin, end, scales[i]);
-        for (int k = begin; k < end; k += kStripColumns) {
-            const uint8_t* at[vectors];
-            typename Codes::template Reader<V> readers[vectors];
+/// Adds the products of a span of `tiles` tiles, tile, tile + distance ..., with `tokens` tokens from `token` on.
+template <class V, class Codes, int unit, int tokens, int tiles>
+void span_product(const GroupProduct& p, const TileSpans<tiles>& s, int tile, int distance, int token) {
+    constexpr int parts = kParts<V>, vectors = tiles * parts, lanes = V::kBytes / 4;
+    const ptrdiff_t stride = p.x_stride;
+    const ActivationStrip* x = p.x + token * stride + s.begin / kStripColumns;
+    float* const out = p.out + token * p.out_stride + (tile - p.tile_begin) * kTileRows;
+    typename V::Bytes tables[Codes::passes];
+    for (int pass = 0; pass < Codes::passes; ++pass)
+        tables[pass] = Codes::has_table ? V::load_table(p.table + 16 * pass) : V::splat(0);
+    const uint8_t* w[vectors];
+    typename V::Floats sums[tokens][vectors];
 #pragma GCC unroll 8
-            for (int i = 0; i < tiles; ++i) {
+    for (int i = 0; i < vectors; ++i) {
+        w[i] = s.codes[i / parts] + i % parts * V::kBytes;
 #pragma GCC unroll 8
-                for (int b = 0; b < Codes::blocks; ++b) __builtin_prefetch(w[i] + b * kBlockBytes + kAhead);
-#pragma GCC unroll 4
-                for (int part = 0; part < parts; ++part) at[i * parts + part] = w[i] + part * V::kBytes;
-                w[i] += Codes::blocks * kBlockBytes;
+        for (int t = 0; t < tokens; ++t)
+            sums[t][i] =
+                s.begin ? V::load_floats(out + t * p.out_stride + i / parts * distance * kTileRows + i % parts * lanes)
+                        : V::no_floats();
+    }
+    const auto scale_of = [&](const auto& floats, int i, int u) {
+        return V::load_floats(floats[u] + i % parts * lanes);
+    };
+    for (int k = s.begin; k < s.end; k += kStripColumns, ++x) {
+        typename Codes::template Reader<V> readers[vectors];
+#pragma GCC unroll 2
+        for (int half = 0; half < kStripColumns / unit; ++half) {
+            const int u = (k - s.begin) / unit + half, part = unit == kStripColumns ? 2 : half;  // of the strip
+            typename V::Ints products[tokens][vectors];
+#pragma GCC unroll 8
+            for (int t = 0; t < tokens; ++t) {
+                const int32_t* starts = x[t * stride].starts;
+                const auto start =
+                    V::plus(V::shift_left(V::splat32(starts[p.bias_bits < 0 ? 3 : part]), p.bias_bits & 31),
+                            V::template start<Codes::largest>(-starts[part]));
+#pragma GCC unroll 8
+                for (int i = 0; i < vectors; ++i) products[t][i] = start;
             }
 #pragma GCC unroll 2
-            for (int half = 0; half < kStripColumns / unit; ++half) {
-                const int u = (k - begin) / unit + half, at16 = k / kGroupUnit + half;
-                typename V::Ints products[tokens][vectors];
-#pragma GCC unroll 8
-                for (int t = 0; t < tokens; ++t) {
-                    const int32_t sum = unit_sum<unit>(x_sums + t * 2 * strips + at16);
-                    const auto start = V::plus(V::splat32(-p.bias * sum), V::template start<Codes::largest>(sum));
-#pragma GCC unroll 8
-                    for (int i = 0; i < vectors; ++i) products[t][i] = start;
-                }
-#pragma GCC unroll 2
-                for (int pass = 0; pass < Codes::passes; ++pass) {
-                    if (pass) {
-#pragma GCC unroll 8
-                        for (int t = 0; t < tokens; ++t) {
-                            const auto start =
-                                V::template start<Codes::largest>(unit_sum<unit>(x_sums + t * 2 * strips + at16));
-#pragma GCC unroll 8
-                            for (int i = 0; i < vectors; ++i)
-                                products[t][i] = V::plus(V::shift_left(products[t][i], 8), start);
-                        }
-                    }
-                    add_unit<V, Codes, unit>(products, readers, at, x + k, stride, half * unit / 4, tables[pass]);
-                }
-#pragma GCC unroll 8
-                for (int i = 0; i < vectors; ++i) {
-                    const auto scale = V::load_floats(scales[i / parts].scales[u] + i % parts * lanes);
+            for (int pass = 0; pass < Codes::passes; ++pass) {
+                if (pass)
 #pragma GCC unroll 8
                     for (int t = 0; t < tokens; ++t)
-                        sums[t][i] = V::fma(V::times(V::to_floats(products[t][i]), scale),
-                                            V::splat_floats(x_scales[t * strips + k / kStripColumns]), sums[t][i]);
-                }
-                if (g.offsets != GroupOffsets::kNone) {
-#pragma GCC unroll 8
-                    for (int t = 0; t < tokens; ++t) {
-                        const auto moment = V::splat_floats(unit_sum<unit>(moments + t * 2 * strips + at16));
 #pragma GCC unroll 8
                         for (int i = 0; i < vectors; ++i)
-                            sums[t][i] = V::fma(V::load_floats(scales[i / parts].offsets[u] + i % parts * lanes),
-                                                moment, sums[t][i]);
-                    }
+                            products[t][i] = V::plus(V::shift_left(products[t][i], 8),
+                                                     V::template start<Codes::largest>(-x[t * stride].starts[part]));
+                add_unit<V, Codes, unit>(products, readers, w, x, stride, half * unit / 4, tables[pass]);
+            }
+#pragma GCC unroll 8
+            for (int i = 0; i < vectors; ++i) {
+                const auto scale = scale_of(s.scales[i / parts].scales, i, u);
+#pragma GCC unroll 8
+                for (int t = 0; t < tokens; ++t)
+                    sums[t][i] = V::fma(V::times(V::to_floats(products[t][i]), scale),
+                                        V::splat_floats(x[t * stride].scale), sums[t][i]);
+            }
+            if (p.layout.offsets != GroupOffsets::kNone) {
+#pragma GCC unroll 8
+                for (int i = 0; i < vectors; ++i) {
+                    const auto offset = scale_of(s.scales[i / parts].offsets, i, u);
+#pragma GCC unroll 8
+                    for (int t = 0; t < tokens; ++t)
+                        sums[t][i] = V::fma(offset, V::splat_floats(x[t * stride].moments[part]), sums[t][i]);
                 }
             }
         }
+#pragma GCC unroll 8
+        for (int i = 0; i < vectors; ++i) {
+            if (tokens == 1 && i % parts == 0)
+#pragma GCC unroll 8
+                for (int b = 0; b < Codes::blocks; ++b) __builtin_prefetch(w[i] + b * kBlockBytes + kAhead);
+            w[i] += Codes::blocks * kBlockBytes;
+        }
     }
 #pragma GCC unroll 8
-    for (int t = 0; t < tokens; ++t)
+    for (int i = 0; i < vectors; ++i)
 #pragma GCC unroll 8
-        for (int i = 0; i < vectors; ++i)
-            V::store_floats(p.out + (token + t) * p.out_stride +
-                                (tile + i / parts * distance - p.tile_begin) * kTileRows + i % parts * lanes,
-                            sums[t][i]);
+        for (int t = 0; t < tokens; ++t)
+            V::store_floats(out + t * p.out_stride + i / parts * distance * kTileRows + i % parts * lanes, sums[t][i]);
 }
 
-/// group_block with a number of tokens that is known only now, at most `most`.
+/// span_product with a number of tokens that is known only now, at most `most`.
 template <class V, class Codes, int unit, int most, int tiles>
-void group_tokens(const GroupProduct& p, int tile, int distance, int token, int tokens) {
+TRITKIT_INLINE void span_tokens(const GroupProduct& p, const TileSpans<tiles>& s, int tile, int distance, int token,
+                                int tokens) {
     if constexpr (most > 1) {
         if (tokens < most) {
-            group_tokens<V, Codes, unit, most - 1, tiles>(p, tile, distance, token, tokens);
+            span_tokens<V, Codes, unit, most - 1, tiles>(p, s, tile, distance, token, tokens);
             return;
         }
     }
-    group_block<V, Codes, unit, most, tiles>(p, tile, distance, token);
+    span_product<V, Codes, unit, most, tiles>(p, s, tile, distance, token);
 }
 
-/// All tiles from `tile` to `end`, `streams` of them at the same time and far apart; with each of them all tokens, in
-/// groups of about the same size.
+/// All tiles from `tile` to `end`, `streams` of them at the same time and far apart; with each span of theirs all
+/// tokens, in groups of about the same size. Few tokens: a tile is read from its begin to its end. Many: a span of all
+/// tiles at a time, so that the activations of that span stay in cache.
 template <class V, class Codes, int unit, int most, int streams>
 void group_streams(const GroupProduct& p, int tile, int end) {
+    const GroupLayout& g = p.layout;
+    const ptrdiff_t tile_bytes = g.tile_bytes();
     const int distance = (end - tile) / streams, groups = (p.tokens + most - 1) / most;
-    for (int i = 0; i < distance; ++i) {
-        for (int g = 0; g < groups; ++g) {
-            const int token = p.tokens * g / groups, tokens = p.tokens * (g + 1) / groups - token;
-            group_tokens<V, Codes, unit, most, streams>(p, tile + i, distance, token, tokens);
+    // A group that goes on into the next span is known only to who has read the span before.
+    const int panel = p.tokens >= kPanelTokens && kSpanColumns % g.group == 0 ? distance : 1;
+    TileSpans<streams> s;
+    for (int first = tile; first < tile + distance; first += panel) {
+        const uint8_t* span = p.weights + first * tile_bytes;  // of the first tile
+        for (s.begin = 0; s.begin < g.columns; s.begin = s.end) {
+            s.end = g.span_end(s.begin);
+            for (int i = first; i < first + panel; ++i) {
+                for (int j = 0; j < streams; ++j)
+                    s.codes[j] = read_scales<V, unit>(g, span + (i - first + j * distance) * tile_bytes, s.begin, s.end,
+                                                      s.scales[j]);
+                for (int n = 0; n < groups; ++n) {
+                    const int token = p.tokens * n / groups, tokens = p.tokens * (n + 1) / groups - token;
+                    span_tokens<V, Codes, unit, most, streams>(p, s, i, distance, token, tokens);
+                }
+            }
+            span += g.header_bytes(s.begin, s.end) + (s.end - s.begin) / kStripColumns * Codes::blocks * kBlockBytes;
         }
     }
     if constexpr (streams > 1) group_streams<V, Codes, unit, most, streams / 2>(p, tile + streams * distance, end);
@@ -308,7 +325,7 @@ void group_product(const GroupProduct& p) {
     if (p.tokens == 1)
         group_streams<V, Codes, unit, 1, V::kStreams>(p, p.tile_begin, p.tile_end);
     else
-        group_streams<V, Codes, unit, V::kGroupTokens, V::kGroupTiles>(p, p.tile_begin, p.tile_end);
+        group_streams<V, Codes, unit, V::kSpanTokens, V::kSpanTiles>(p, p.tile_begin, p.tile_end);
 }
 
 template <class V, class Codes>

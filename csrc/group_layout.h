@@ -55,7 +55,12 @@ struct GroupLayout {
     int unit() const { return group % kStripColumns ? kGroupUnit : kStripColumns; }
     bool has_d() const { return scales >= GroupScales::kTwoLevel; }
     bool has_dmin() const { return offsets == GroupOffsets::kMins; }
-    /// Blocks of 64 bytes that hold the codes of 32 columns.
+    /// Bits of the low plane.
+    int low_bits() const {
+        constexpr int kBits[] = {2, 2, 4, 4, 4, 8, 4, 4};
+        return kBits[static_cast<int>(codes)];
+    }
+    /// Blocks of 64 bytes that hold the codes of 32 columns: as many as a code has bits.
     int strip_blocks() const {
         constexpr int kBlocks[] = {2, 3, 4, 5, 6, 8, 4, 4};
         return kBlocks[static_cast<int>(codes)];
@@ -83,28 +88,38 @@ struct GroupLayout {
     }
 };
 
-/// Activations in groups: int8 codes with a scale for each 32 columns. Zeros beyond the last column.
-struct GroupedCodes {
-    int8_t* codes;  // [tokens, code_stride]
-    ptrdiff_t code_stride;
-    float* scales;   // [tokens, strips]
-    int32_t* sums;   // [tokens, 2 * strips]: the sum of the codes of 16 columns
-    float* moments;  // [tokens, 2 * strips]: scale * sum
-    ptrdiff_t strips;
+/// 32 activations of a token: all that a product needs to know of them, in one cache line.
+struct alignas(64) ActivationStrip {
+    int8_t codes[kStripColumns];
+    float scale;
+    int32_t starts[4];  // minus the sum of the codes of the first 16 columns, of the others, of all; and zero
+    float moments[3];   // scale * the sum of the codes of the same columns
 };
+
+/// What a strip holds besides its scale, from codes of which `count` mean something.
+inline void set_codes(const int32_t (&codes)[kStripColumns], int count, ActivationStrip& strip) {
+    for (int32_t& start : strip.starts) start = 0;
+    for (int i = 0; i < kStripColumns; ++i) {
+        strip.codes[i] = static_cast<int8_t>(i < count ? codes[i] : 0);
+        strip.starts[i / kGroupUnit] -= strip.codes[i];
+    }
+    strip.starts[2] = strip.starts[0] + strip.starts[1];
+    for (int i = 0; i < 3; ++i) strip.moments[i] = strip.scale * static_cast<float>(-strip.starts[i]);
+}
 
 /// Products of some tiles with some tokens: out[t][r - 16 * tile_begin] = sum over k of w[r][k] * x[t][k].
 /// For the units u in order, all in float32 with one rounding for each line:
 ///   t = scale_u * float(sum over k of u of (code - bias) * x code)
 ///   sum = fma(t, x scale, sum)
-///   sum = fma(offset_u, sum of x over u, sum)     where there are offsets
+///   sum = fma(offset_u, x moment of u, sum)     where there are offsets
 struct GroupProduct {
     const uint8_t* weights;  // tile 0
     GroupLayout layout;
-    int bias;              // of the codes, or of the high bytes of a table
-    const uint8_t* table;  // 16 high bytes of the numbers + bias * 256, 16 low bytes; kTable8: the high ones alone
+    int bias_bits;         // bias = 2^bias_bits; none: -1
+    const uint8_t* table;  // kTable8: 16 numbers + bias; kTable16: 16 high bytes + bias, 16 low bytes
     int tile_begin, tile_end;
-    GroupedCodes x;
+    const ActivationStrip* x;  // [tokens, x_stride], codes of zero beyond the last column
+    ptrdiff_t x_stride;
     int tokens;
     float* out;  // [tokens, out_stride]
     ptrdiff_t out_stride;

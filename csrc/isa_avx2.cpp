@@ -28,6 +28,7 @@ ISA_BEGIN("avx2,fma,f16c")
 
 /// Without VNNI a pair of products is an int16 first.
 struct V : Vectors256 {
+    static constexpr int kSpanTokens = 4, kSpanTiles = 1;
     using Narrow = __m256i;
     static constexpr int kStreams = 2, kFewTokens = 2, kFewTiles = 1, kGroupTokens = 4, kGroupTiles = 1,
                          kPanelTokens = 6, kPanelTiles = 1, kPanelFrom = 35;
@@ -105,35 +106,27 @@ float quantize_row(const float* x, int columns, float levels, int8_t* codes, int
 }
 
 /// Each 32 columns as quantize_row does with a row.
-void quantize_groups(const float* x, int columns, int8_t* codes, float* scales, int32_t* sums, float* moments) {
+void quantize_groups(const float* x, int columns, ActivationStrip* strips) {
     const __m256 sign = _mm256_set1_ps(-0.0f), low = _mm256_set1_ps(-127.0f), high = _mm256_set1_ps(127.0f);
-    for (int i = 0; i < columns; i += kStripColumns, codes += 32, ++scales, sums += 2, moments += 2) {
+    for (; columns > 0; columns -= kStripColumns, x += kStripColumns, ++strips) {
         __m256 v[4], absmax8 = _mm256_setzero_ps();
-        for (int j = 0; j < 4; ++j) {
-            const int left = columns - i - 8 * j;
-            v[j] = load_up_to_8(x + i + 8 * j, left > 0 ? left : 0);
-            absmax8 = _mm256_max_ps(_mm256_andnot_ps(sign, v[j]), absmax8);
+        for (int i = 0; i < 4; ++i) {
+            v[i] = load_up_to_8(x + 8 * i, columns > 8 * i ? columns - 8 * i : 0);
+            absmax8 = _mm256_max_ps(_mm256_andnot_ps(sign, v[i]), absmax8);
         }
         float lanes[8], absmax = 0.0f;
         _mm256_storeu_ps(lanes, absmax8);
         for (float lane : lanes) absmax = lane > absmax ? lane : absmax;
         const float inverse = 127.0f / (absmax > 1e-5f ? absmax : 1e-5f);
-        *scales = 1.0f / inverse;
-        alignas(32) int32_t wide[32];
-        for (int j = 0; j < 4; ++j) {
-            const __m256 code = _mm256_round_ps(_mm256_mul_ps(v[j], _mm256_set1_ps(inverse)),
+        strips->scale = 1.0f / inverse;
+        alignas(32) int32_t wide[kStripColumns];
+        for (int i = 0; i < 4; ++i) {
+            const __m256 code = _mm256_round_ps(_mm256_mul_ps(v[i], _mm256_set1_ps(inverse)),
                                                 _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-            _mm256_store_si256(reinterpret_cast<__m256i*>(wide + 8 * j),
+            _mm256_store_si256(reinterpret_cast<__m256i*>(wide + 8 * i),
                                _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(code, low), high)));
         }
-        for (int h = 0; h < 2; ++h) {
-            sums[h] = 0;
-            for (int j = 16 * h; j < 16 * h + 16; ++j) {
-                codes[j] = static_cast<int8_t>(wide[j]);
-                sums[h] += wide[j];
-            }
-            moments[h] = *scales * static_cast<float>(sums[h]);
-        }
+        set_codes(wide, columns, *strips);
     }
 }
 

@@ -84,6 +84,7 @@ struct V {
 
     // --- For grouped weights: group_kernels.h says what each of these is for.
     using Floats = __m512;
+    static constexpr int kSpanTokens = 6, kSpanTiles = 2;
     template <int n>
     TRITKIT_INLINE __m512i shift_left(__m512i v) {
         return _mm512_slli_epi32(v, n);
@@ -146,25 +147,27 @@ float quantize_row(const float* x, int columns, float levels, int8_t* codes, int
 }
 
 /// Each 32 columns as quantize_row does with a row.
-void quantize_groups(const float* x, int columns, int8_t* codes, float* scales, int32_t* sums, float* moments) {
+void quantize_groups(const float* x, int columns, ActivationStrip* strips) {
     const __m512 low = _mm512_set1_ps(-127.0f), high = _mm512_set1_ps(127.0f);
-    for (int i = 0; i < columns; i += kStripColumns, codes += 32, ++scales, sums += 2, moments += 2) {
-        __m512 v[2], absmax16 = _mm512_setzero_ps();
-        for (int h = 0; h < 2; ++h) {
-            const int left = columns - i - 16 * h;
-            v[h] = _mm512_maskz_loadu_ps(first_lanes(left > 0 ? left : 0), x + i + 16 * h);
-            absmax16 = _mm512_max_ps(_mm512_abs_ps(v[h]), absmax16);
-        }
+    for (; columns > 0; columns -= kStripColumns, x += kStripColumns, ++strips) {
+        const __mmask32 lanes = columns >= 32 ? 0xffffffffu : (1u << columns) - 1;
+        const __m512 v[2] = {_mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), x),
+                             _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes >> 16), x + 16)};
+        const __m512 absmax16 =
+            _mm512_max_ps(_mm512_abs_ps(v[1]), _mm512_max_ps(_mm512_abs_ps(v[0]), _mm512_setzero_ps()));
         const float absmax = _mm512_reduce_max_ps(absmax16), inverse = 127.0f / (absmax > 1e-5f ? absmax : 1e-5f);
-        *scales = 1.0f / inverse;
+        strips->scale = 1.0f / inverse;
         for (int h = 0; h < 2; ++h) {
             __m512 code = _mm512_mul_ps(v[h], _mm512_set1_ps(inverse));
             code = _mm512_roundscale_ps(code, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-            const __m512i whole = _mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(code, low), high));
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + 16 * h), _mm512_cvtepi32_epi8(whole));
-            sums[h] = _mm512_reduce_add_epi32(whole);
-            moments[h] = *scales * static_cast<float>(sums[h]);
+            __m512i whole = _mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(code, low), high));
+            whole = _mm512_maskz_mov_epi32(static_cast<__mmask16>(lanes >> 16 * h), whole);
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(strips->codes + 16 * h), _mm512_cvtepi32_epi8(whole));
+            strips->starts[h] = -_mm512_reduce_add_epi32(whole);
         }
+        strips->starts[2] = strips->starts[0] + strips->starts[1];
+        strips->starts[3] = 0;
+        for (int i = 0; i < 3; ++i) strips->moments[i] = strips->scale * static_cast<float>(-strips->starts[i]);
     }
 }
 

@@ -110,6 +110,7 @@ struct V {
 
     // --- For grouped weights: group_kernels.h says what each of these is for.
     using Floats = float32x4_t;
+    static constexpr int kSpanTokens = 2, kSpanTiles = 1;
     template <int n>
     TRITKIT_INLINE uint8x16_t shift_left(uint8x16_t v) {
         return vshlq_n_u8(v, n);
@@ -124,22 +125,21 @@ struct V {
     TRITKIT_INLINE void store_floats(float* p, float32x4_t v) { vst1q_f32(p, v); }
     TRITKIT_INLINE float32x4_t splat_floats(float value) { return vdupq_n_f32(value); }
     TRITKIT_INLINE float32x4_t to_floats(int32x4_t v) { return vcvtq_f32_s32(v); }
-    TRITKIT_INLINE float32x4_t halves(const uint8_t* p) {
-        return vcvt_f32_f16(vreinterpret_f16_u16(vreinterpret_u16_u8(vld1_u8(p))));
-    }
     TRITKIT_INLINE uint8x8_t four_bytes(const uint8_t* p) {
         uint32_t four;
         memcpy(&four, p, 4);
         return vreinterpret_u8_u32(vdup_n_u32(four));
     }
+    TRITKIT_INLINE float32x4_t halves(const uint8_t* p) { return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p))); }
     TRITKIT_INLINE float32x4_t int8s(const uint8_t* p) {
-        return to_floats(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u8(four_bytes(p))))));
+        return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u8(four_bytes(p))))));
     }
-    TRITKIT_INLINE float32x4_t wide(uint8x8_t bytes) { return vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(bytes)))); }
-    TRITKIT_INLINE float32x4_t uint8s(const uint8_t* p) { return wide(four_bytes(p)); }
+    TRITKIT_INLINE float32x4_t uint8s(const uint8_t* p) {
+        return vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(four_bytes(p)))));
+    }
     TRITKIT_INLINE float32x4_t nibbles(const uint8_t* p, int shift) {
-        const uint8x8_t shifted = vshl_u8(four_bytes(p), vdup_n_s8(static_cast<int8_t>(-shift)));
-        return wide(vand_u8(shifted, vdup_n_u8(15)));
+        const uint8x8_t moved = vshl_u8(four_bytes(p), vdup_n_s8(static_cast<int8_t>(-shift)));
+        return vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(vand_u8(moved, vdup_n_u8(15))))));
     }
     TRITKIT_INLINE float32x4_t times(float32x4_t a, float32x4_t b) { return vmulq_f32(a, b); }
     TRITKIT_INLINE float32x4_t subtract(float32x4_t a, float32x4_t b) { return vsubq_f32(a, b); }
@@ -190,38 +190,30 @@ float quantize_row(const float* x, int columns, float levels, int8_t* codes, int
     return 1.0f / inverse;
 }
 
-#include "group_kernels.h"
-
-void quantize_groups(const float* x, int columns, int8_t* codes, float* scales, int32_t* sums, float* moments) {
+/// Each 32 columns as quantize_row does with a row.
+void quantize_groups(const float* x, int columns, ActivationStrip* strips) {
     const float32x4_t low = vdupq_n_f32(-127.0f), high = vdupq_n_f32(127.0f);
-    for (int i = 0; i < columns; i += kStripColumns, codes += 32, ++scales, sums += 2, moments += 2) {
+    for (; columns > 0; columns -= kStripColumns, x += kStripColumns, ++strips) {
         float32x4_t v[8], absmax4 = vdupq_n_f32(0.0f);
-        for (int j = 0; j < 8; ++j) {
-            const int left = columns - i - 4 * j;
-            v[j] = load_up_to_4(x + i + 4 * j, left > 0 ? left : 0);
-            const float32x4_t size = vabsq_f32(v[j]);
+        for (int i = 0; i < 8; ++i) {
+            v[i] = load_up_to_4(x + 4 * i, columns > 4 * i ? columns - 4 * i : 0);
+            const float32x4_t size = vabsq_f32(v[i]);
             absmax4 = vbslq_f32(vcgtq_f32(size, absmax4), size, absmax4);
         }
-        const float absmax = vmaxvq_f32(absmax4);
-        const float inverse = 127.0f / (absmax > 1e-5f ? absmax : 1e-5f);
-        *scales = 1.0f / inverse;
-        for (int h = 0; h < 2; ++h) {
-            int32x4_t total = vdupq_n_s32(0);
-            for (int j = 4 * h; j < 4 * h + 4; ++j) {
-                float32x4_t code = vrndnq_f32(vmulq_f32(v[j], vdupq_n_f32(inverse)));
-                code = vbslq_f32(vcgtq_f32(code, low), code, low);
-                code = vbslq_f32(vcltq_f32(code, high), code, high);
-                const int32x4_t wide = vcvtq_s32_f32(code);
-                total = vaddq_s32(total, wide);
-                const int16x4_t half = vmovn_s32(wide);
-                const int8x8_t bytes = vmovn_s16(vcombine_s16(half, half));
-                memcpy(codes + 4 * j, &bytes, 4);
-            }
-            sums[h] = vaddvq_s32(total);
-            moments[h] = *scales * static_cast<float>(sums[h]);
+        const float absmax = vmaxvq_f32(absmax4), inverse = 127.0f / (absmax > 1e-5f ? absmax : 1e-5f);
+        strips->scale = 1.0f / inverse;
+        alignas(16) int32_t wide[kStripColumns];
+        for (int i = 0; i < 8; ++i) {
+            float32x4_t code = vrndnq_f32(vmulq_f32(v[i], vdupq_n_f32(inverse)));
+            code = vbslq_f32(vcgtq_f32(code, low), code, low);
+            code = vbslq_f32(vcltq_f32(code, high), code, high);
+            vst1q_s32(wide + 4 * i, vcvtq_s32_f32(code));
         }
+        set_codes(wide, columns, *strips);
     }
 }
+
+#include "group_kernels.h"
 
 struct F32 {
     using Element = float;

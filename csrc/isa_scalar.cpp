@@ -104,24 +104,24 @@ int64_t integer_peak(int64_t rounds) {
     asm volatile("" : : "r"(sum));
     return rounds * 2 * kBlockBytes;
 }
-void quantize_groups(const float* x, int columns, int8_t* codes, float* scales, int32_t* sums, float* moments) {
-    for (int begin = 0; begin < columns; begin += kStripColumns, ++scales) {
-        const int end = std::min(begin + kStripColumns, columns);
+
+// --- Weights and activations in groups.
+
+void quantize_groups(const float* x, int columns, ActivationStrip* strips) {
+    for (; columns > 0; columns -= kStripColumns, x += kStripColumns, ++strips) {
+        const int count = std::min(columns, kStripColumns);
         float absmax = 0.0f;
-        for (int i = begin; i < end; ++i) absmax = std::fabs(x[i]) > absmax ? std::fabs(x[i]) : absmax;
+        for (int i = 0; i < count; ++i) absmax = std::fabs(x[i]) > absmax ? std::fabs(x[i]) : absmax;
         const float inverse = 127.0f / std::max(absmax, 1e-5f);
-        *scales = 1.0f / inverse;
-        for (int half = begin; half < begin + kStripColumns; half += kGroupUnit, ++sums, ++moments) {
-            *sums = 0;
-            for (int i = half; i < half + kGroupUnit; ++i) {
-                float code = i < end ? std::nearbyintf(x[i] * inverse) : 0.0f;
-                code = code > -127.0f ? code : -127.0f;
-                code = code < 127.0f ? code : 127.0f;
-                codes[i] = static_cast<int8_t>(code);
-                *sums += codes[i];
-            }
-            *moments = *scales * static_cast<float>(*sums);
+        strips->scale = 1.0f / inverse;
+        int32_t codes[kStripColumns] = {};
+        for (int i = 0; i < count; ++i) {
+            float code = std::nearbyintf(x[i] * inverse);  // halves to even
+            code = code > -127.0f ? code : -127.0f;        // not a number goes here too
+            code = code < 127.0f ? code : 127.0f;
+            codes[i] = static_cast<int32_t>(code);
         }
+        set_codes(codes, count, *strips);
     }
 }
 
@@ -134,14 +134,14 @@ int plane_code(const uint8_t* plane, int bits, int row, int column) {
 
 /// What the integer product multiplies with: the code or the number of the table, less the bias.
 int grouped_number(const GroupProduct& p, const uint8_t* strip, int row, int column) {
-    constexpr int kLow[] = {2, 2, 4, 4, 4, 8, 4, 4};
-    const int low_bits = kLow[static_cast<int>(p.layout.codes)];
+    const int bias = p.bias_bits < 0 ? 0 : 1 << p.bias_bits;
+    const int low_bits = p.layout.low_bits();
     int code = plane_code(strip, low_bits, row, column);
-    if (p.layout.codes == GroupCodes::kTable8) return p.table[code] - p.bias;
-    if (p.layout.codes == GroupCodes::kTable16) return (p.table[code] - p.bias) * 256 + p.table[16 + code];
+    if (p.layout.codes == GroupCodes::kTable8) return p.table[code] - bias;
+    if (p.layout.codes == GroupCodes::kTable16) return (p.table[code] - bias) * 256 + p.table[16 + code];
     const int high_bits = p.layout.strip_blocks() - low_bits;
     if (high_bits) code |= plane_code(strip + low_bits * kBlockBytes, high_bits, row, column) << low_bits;
-    return code - p.bias;
+    return code - bias;
 }
 
 float half_at(const uint8_t* bytes, int row) {
@@ -186,10 +186,8 @@ float grouped_offset(const GroupLayout& g, const uint8_t* header, const uint8_t*
 }
 
 /// The product of one tile with one token.
-void matmul_grouped_tile(const GroupProduct& p, int tile, int token, float* out) {
+void matmul_grouped_tile(const GroupProduct& p, int tile, const ActivationStrip* x, float* out) {
     const GroupLayout& g = p.layout;
-    const int8_t* x = p.x.codes + token * p.x.code_stride;
-    const float *x_scales = p.x.scales + token * p.x.strips, *moments = p.x.moments + token * 2 * p.x.strips;
     const uint8_t* header = p.weights + tile * g.tile_bytes();
     float scale[kTileRows] = {}, offset[kTileRows] = {};
     std::fill(out, out + kTileRows, 0.0f);
@@ -205,16 +203,17 @@ void matmul_grouped_tile(const GroupProduct& p, int tile, int token, float* out)
                 }
                 group += g.scale_bytes() + g.offset_bytes();
             }
-            const float x_scale = x_scales[k / kStripColumns];
-            float moment = moments[k / kGroupUnit];
-            if (g.unit() == kStripColumns) moment += moments[k / kGroupUnit + 1];
+            const int first = k % kStripColumns, part = g.unit() == kStripColumns ? 2 : first / kGroupUnit;
             for (int r = 0; r < kTileRows; ++r) {
                 int32_t sum = 0;
-                for (int i = k; i < k + g.unit(); ++i) sum += grouped_number(p, strip, r, i % kStripColumns) * x[i];
-                out[r] = std::fma(static_cast<float>(sum) * scale[r], x_scale, out[r]);
-                if (g.offsets != GroupOffsets::kNone) out[r] = std::fma(offset[r], moment, out[r]);
+                for (int i = first; i < first + g.unit(); ++i) sum += grouped_number(p, strip, r, i) * x->codes[i];
+                out[r] = std::fma(static_cast<float>(sum) * scale[r], x->scale, out[r]);
+                if (g.offsets != GroupOffsets::kNone) out[r] = std::fma(offset[r], x->moments[part], out[r]);
             }
-            if ((k + g.unit()) % kStripColumns == 0) strip += g.strip_blocks() * kBlockBytes;
+            if (first + g.unit() == kStripColumns) {
+                strip += g.strip_blocks() * kBlockBytes;
+                ++x;
+            }
         }
         header = strip;
     }
@@ -223,7 +222,8 @@ void matmul_grouped_tile(const GroupProduct& p, int tile, int token, float* out)
 void matmul_groups(const GroupProduct& p) {
     for (int t = 0; t < p.tokens; ++t)
         for (int tile = p.tile_begin; tile < p.tile_end; ++tile)
-            matmul_grouped_tile(p, tile, t, p.out + t * p.out_stride + (tile - p.tile_begin) * kTileRows);
+            matmul_grouped_tile(p, tile, p.x + t * p.x_stride,
+                                p.out + t * p.out_stride + (tile - p.tile_begin) * kTileRows);
 }
 
 bool supported() { return true; }

@@ -107,9 +107,8 @@ struct Kernels {
     // --- Weights and activations in groups: group_layout.h.
 
     /// Each 32 columns: codes[i] = clamp(round_half_even(x[i] * inverse), -127, 127), inverse = 127 / max(absmax,
-    /// 1e-5); the scale 1 / inverse; and of each 16 columns the sum of the codes and the moment, scale * sum. Beyond
-    /// the last column, to a multiple of 32, the codes are zero.
-    void (*quantize_groups)(const float* x, int columns, int8_t* codes, float* scales, int32_t* sums, float* moments);
+    /// 1e-5); the scale is 1 / inverse. Codes beyond the last column are zero.
+    void (*quantize_groups)(const float* x, int columns, ActivationStrip* strips);
 
     void (*matmul_groups)(const GroupProduct&);
 };

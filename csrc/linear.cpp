@@ -9,10 +9,6 @@
 namespace tritkit {
 namespace {
 
-// The sums of this many rows wait in cache for their scale. One token has few, so all its rows go in one stream.
-constexpr int kPanelRows = 256;
-constexpr int kFewTokens = 4;
-
 // 127 makes every code reachable by its own sign; 128 is the original BitNet's Qb.
 constexpr float kLevels[] = {127.0f, 128.0f};
 
@@ -42,7 +38,8 @@ ActivationFormat activation_format(const std::string& name) {
     if (name.empty()) return ActivationFormat::kFloat;
     if (name == "a8") return ActivationFormat::kA8;
     if (name == "a8_q128") return ActivationFormat::kA8Q128;
-    throw std::invalid_argument("activations is '" + name + "', expected a8, a8_q128 or None");
+    if (name == "a8_g32") return ActivationFormat::kA8G32;
+    throw std::invalid_argument("activations is '" + name + "', expected a8, a8_q128, a8_g32 or None");
 }
 
 Activations::Activations(int tokens, int columns)
@@ -54,6 +51,10 @@ Activations::Activations(int tokens, int columns)
 
 void Activations::reserve(ActivationFormat format) {
     if (format == ActivationFormat::kFloat) return;
+    if (format == ActivationFormat::kA8G32) {
+        if (!strips_.size()) strips_ = AlignedArray<ActivationStrip>(static_cast<size_t>(tokens_ * strip_stride()));
+        return;
+    }
     Codes& c = codes_[static_cast<int>(format)];
     if (c.scales.size()) return;
     const int rows = tokens_ * code_rows(format);
@@ -73,6 +74,7 @@ void Activations::quantize(int token, const Kernels& kernels) const {
                 ? quantize_row16(row(token), columns_, to, to + code_stride_, &c.sums[first])
                 : kernels.quantize_row(row(token), columns_, kLevels[static_cast<int>(format)], to, &c.sums[first]);
     }
+    if (strips_.size()) kernels.quantize_groups(row(token), columns_, strips_.data() + token * strip_stride());
 }
 
 Linear::Linear(int rows, int columns, ActivationFormat activations, const float* bias)
@@ -87,35 +89,14 @@ ptrdiff_t Linear::waiting_sums(int tokens, int threads) const {
     return tokens > kFewTokens ? std::max(size, static_cast<ptrdiff_t>(tokens) * kPanelRows) : size;
 }
 
-template <class Product, class Sum, class Scale>
-void Linear::by_panels(Range mine, int tokens, float* out, ptrdiff_t out_stride, Write write, const float* row_scales,
-                       Product product, Sum sum, Scale scale) const noexcept {
-    const int panel = tokens <= kFewTokens ? std::max(mine.end - mine.begin, 1) : kPanelRows;
-    const ptrdiff_t stride = round_up(panel, kTileRows);
-    const float* bias = bias_.empty() ? nullptr : bias_.data();
-    for (int begin = mine.begin; begin < mine.end; begin += panel) {
-        const Range rows{begin, std::min(begin + panel, mine.end)};
-        product(rows, stride);
-        for (int t = 0; t < tokens; ++t) {
-            float* y = out + t * out_stride;
-            const float of_token = scale(t);
-            for (int r = rows.begin; r < rows.end; ++r) {
-                const float factor = row_scales ? of_token * row_scales[r] : of_token;
-                const float value = sum(t, r - rows.begin, stride) * factor + (bias ? bias[r] : 0.0f);
-                y[r] = write == Write::kAdd ? y[r] + value : value;
-            }
-        }
-    }
-}
-
 TileLinear::TileLinear(const Stored& source, Runtime runtime, float scale, const std::string& activations,
                        const float* bias, Pool& pool, Arena& arena, const Kernels& kernels)
     : Linear(source.rows, source.columns, activation_format(activations), bias),
       offset_(1),  // ternary: code - 1; binary: 2 * code - 1
       scale_(scale),
       kernels_(&kernels) {
-    if (activations_ == ActivationFormat::kFloat)
-        throw std::invalid_argument("activations is None for layout " + std::string(source.layout.name) +
+    if (activations_ != ActivationFormat::kA8 && activations_ != ActivationFormat::kA8Q128)
+        throw std::invalid_argument("activations is '" + activations + "' for layout " + source.layout.name +
                                     ", expected a8 or a8_q128");
     if (columns_ > kMaxColumns)
         throw std::invalid_argument("there are " + std::to_string(columns_) + " columns, more than the " +

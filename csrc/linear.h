@@ -1,6 +1,7 @@
 // One matrix of the model: run-time bytes, scale, activation format and bias, all of it data.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <memory>
 #include <string>
@@ -14,13 +15,14 @@
 
 namespace tritkit {
 
-/// What becomes of the input before the product. kFloat: nothing; the others: int8 codes per token. kA16 has codes of
-/// 16 bits, 256 * high + low, as two rows of int8: one after the other go through the same products.
-enum class ActivationFormat { kFloat = -1, kA8 = 0, kA8Q128 = 1, kA16 = 2 };
-constexpr int kIntegerFormats = 3;
+/// What becomes of the input before the product. kFloat: nothing; kA8, kA8Q128: int8 codes per token. kA16: codes of 16
+/// bits per token, 256 * high + low, as two rows of int8 that go through the same products. kA8G32: int8 codes per 32
+/// columns of a token.
+enum class ActivationFormat { kFloat = -1, kA8 = 0, kA8Q128 = 1, kA16 = 2, kA8G32 = 3 };
+constexpr int kIntegerFormats = 3;  // with one scale for a token
 constexpr int code_rows(ActivationFormat format) { return format == ActivationFormat::kA16 ? 2 : 1; }
 
-/// "a8", "a8_q128", or "" for float. Throws std::invalid_argument.
+/// "a8", "a8_q128", "a8_g32", or "" for float. Throws std::invalid_argument.
 ActivationFormat activation_format(const std::string& name);
 
 /// The inputs of one or several linears: rows of floats, and their int8 codes in the formats that were asked for.
@@ -41,6 +43,8 @@ class Activations {
     };
     const Codes& codes(ActivationFormat format) const { return codes_[static_cast<int>(format)]; }
     ptrdiff_t code_stride() const { return code_stride_; }
+    const ActivationStrip* strips() const { return strips_.data(); }  // kA8G32
+    ptrdiff_t strip_stride() const { return (columns_ + kStripColumns - 1) / kStripColumns; }
 
     /// Allocates what quantize() will fill; not inside a parallel region.
     void reserve(ActivationFormat format);
@@ -52,7 +56,12 @@ class Activations {
     ptrdiff_t stride_ = 0, code_stride_ = 0;
     AlignedArray<float> x_;  // [tokens, stride], zero beyond the last column
     std::array<Codes, kIntegerFormats> codes_;
+    AlignedArray<ActivationStrip> strips_;  // [tokens, strip_stride]
 };
+
+// The sums of this many rows wait in cache for their scale. One token has few, so all its rows go in one stream.
+constexpr int kPanelRows = 256;
+constexpr int kFewTokens = 4;
 
 /// A matrix of the model, y = W x + bias, in one of its forms.
 class Linear {
@@ -157,5 +166,26 @@ std::shared_ptr<Linear> make_linear(const Stored& source, Runtime ternary, float
 
 /// What that will allocate.
 int64_t needed_bytes(const Stored& source, Runtime ternary);
+
+template <class Product, class Sum, class Scale>
+void Linear::by_panels(Range mine, int tokens, float* out, ptrdiff_t out_stride, Write write, const float* row_scales,
+                       Product product, Sum sum, Scale scale) const noexcept {
+    const int panel = tokens <= kFewTokens ? std::max(mine.end - mine.begin, 1) : kPanelRows;
+    const ptrdiff_t stride = round_up(panel, kTileRows);
+    const float* bias = bias_.empty() ? nullptr : bias_.data();
+    for (int begin = mine.begin; begin < mine.end; begin += panel) {
+        const Range rows{begin, std::min(begin + panel, mine.end)};
+        product(rows, stride);
+        for (int t = 0; t < tokens; ++t) {
+            float* y = out + t * out_stride;
+            const float of_token = scale(t);
+            for (int r = rows.begin; r < rows.end; ++r) {
+                const float factor = row_scales ? of_token * row_scales[r] : of_token;
+                const float value = sum(t, r - rows.begin, stride) * factor + (bias ? bias[r] : 0.0f);
+                y[r] = write == Write::kAdd ? y[r] + value : value;
+            }
+        }
+    }
+}
 
 }  // namespace tritkit

@@ -1,8 +1,9 @@
 """A decoder in plain numpy, written from the definition, and small random weights for it. No code of tritkit's."""
 
 import numpy as np
+from grouped_reference import dequantize, dequantize_activations
 
-from tritkit.engine.weights import DecoderShape, DecoderWeights, LayerWeights, LinearWeights
+from tritkit.engine.weights import DecoderShape, DecoderWeights, Groups, LayerWeights, LinearWeights
 
 
 def pack_ternary(codes: np.ndarray) -> np.ndarray:
@@ -32,6 +33,13 @@ def random_linear(rng: np.random.Generator, format: str, rows: int, cols: int, b
     values = (rng.standard_normal((rows, cols)) / np.sqrt(cols)).astype(np.float32)
     vector = rng.standard_normal(rows).astype(np.float32) if bias else None
     scale, activations = 1.0, None
+    if format == "grouped":  # 5 bits and a zero point, 16 columns a group
+        data = rng.integers(0, 32, (rows, cols), dtype=np.uint8)
+        count = (rows, -(-cols // 16))
+        scales = (rng.uniform(0.5, 1.5, count) / 9 / np.sqrt(cols)).astype(np.float16)
+        groups = Groups(5, 16, scales, zeros=rng.integers(12, 20, count).astype(np.uint8))
+        weights = LinearWeights("grouped", data, rows, cols, scale, "a8_g32", vector, groups)
+        return weights, dequantize(data, groups)
     if format in ("ternary", "binary"):
         codes = rng.integers(-1, 2, (rows, cols)) if format == "ternary" else rng.choice([-1, 1], (rows, cols))
         scale = float(np.float32(1.3 / np.sqrt(cols)))
@@ -105,7 +113,9 @@ def forward(weights: DecoderWeights, matrices: dict[int, np.ndarray], tokens: np
     s, eps, n = weights.shape, weights.shape.rms_norm_eps, len(tokens)
 
     def apply(w: LinearWeights, x: np.ndarray) -> np.ndarray:
-        if w.activations:
+        if w.activations == "a8_g32":
+            x = dequantize_activations(x.astype(np.float32))
+        elif w.activations:
             levels = {"a8": 127, "a8_q128": 128}[w.activations]
             inverse = levels / np.maximum(np.abs(x).max(-1, keepdims=True), 1e-5)
             x = np.clip(np.rint(x * inverse), -128, 127) / inverse

@@ -170,6 +170,9 @@ def _linear(runner: _native.Runner, name: str, w: LinearWeights) -> _native.Line
     data = np.ascontiguousarray(w.data)
     bias = None if w.bias is None else np.ascontiguousarray(w.bias)
     try:
+        if w.groups is not None:
+            g = w.groups
+            return _native.GroupedLinear(runner, data, g.bits, g.size, **g.arrays(), scale=float(w.scale), bias=bias)
         return _native.Linear(
             runner, w.layout, data, w.rows, w.cols, float(w.scale), w.activations, bias, mapped=_is_mapped(w.data)
         )
@@ -207,6 +210,13 @@ def _is_mapped(data: NDArray | None) -> bool:
     return False
 
 
+def _runtime_bytes(runner: _native.Runner, w: LinearWeights) -> int:
+    if w.groups is not None:
+        data = np.ascontiguousarray(w.data)
+        return _native.grouped_bytes(data, w.groups.bits, w.groups.size, **w.groups.arrays())
+    return _native.runtime_bytes(runner, w.layout, w.data, w.rows, w.cols)
+
+
 def _require_memory(runner: _native.Runner, weights: DecoderWeights, head: str) -> None:
     """MemoryError where the copies of the weights are larger than the memory that there is."""
     linears = [getattr(layer, name) for layer in weights.layers for name in LINEARS]
@@ -214,7 +224,7 @@ def _require_memory(runner: _native.Runner, weights: DecoderWeights, head: str) 
     if head in ("float", "screen"):
         linears.append(output)
     needed = output.rows * output.cols * HEADS[head] // 8
-    needed += sum(_native.runtime_bytes(runner, w.layout, w.data, w.rows, w.cols) for w in linears)
+    needed += sum(_runtime_bytes(runner, w) for w in linears)
     available = available_memory()
     if available is not None and needed > available:
         raise MemoryError(

@@ -12,6 +12,7 @@ DTYPES = {  # layout of a file -> what numpy calls its bytes
     "f32": np.float32,
     "f16": np.uint16,
     "bf16": np.uint16,
+    "grouped": np.uint8,
 }
 FLOATS = ("f32", "f16", "bf16")
 
@@ -33,6 +34,37 @@ class DecoderShape:
 
 
 @dataclass(frozen=True)
+class Groups:
+    """What the codes of a matrix stand for where every `size` columns of a row have a scale of their own.
+
+    With g the group and s the 256 columns that a column lies in, a weight is one of
+      scales[g] * (code - 2^(bits - 1))        nothing but scales
+      scales[g] * (code - zeros[g])
+      scales[g] * code + offsets[g]
+      scales[g] * code - dmin[s] * mins[g]
+      scales[g] * table[code]                  bits = 4
+    where scales[g] is d[s] * scales[g] if there is d. All arrays are [rows, groups] but for the table, [16], and d and
+    dmin, [rows, ceil(cols / 256)]. size: a multiple of 16, with d or dmin one that divides 256, or at least cols, which
+    gives each row one group.
+    """
+
+    bits: int
+    size: int
+    scales: NDArray  # float16 or float32; with d int8
+    d: NDArray[np.float16] | None = None
+    zeros: NDArray[np.uint8] | None = None
+    offsets: NDArray | None = None  # float16 or float32
+    mins: NDArray[np.uint8] | None = None
+    dmin: NDArray[np.float16] | None = None
+    table: NDArray[np.int16] | None = None
+
+    def arrays(self) -> dict[str, NDArray]:
+        """Those that there are, C-contiguous."""
+        names = ("scales", "d", "zeros", "offsets", "mins", "dmin", "table")
+        return {name: np.ascontiguousarray(a) for name in names if (a := getattr(self, name)) is not None}
+
+
+@dataclass(frozen=True)
 class LinearWeights:
     """One matrix, y = scale * (codes @ x) + bias, or the floats themselves.
 
@@ -41,8 +73,9 @@ class LinearWeights:
       binary_rows                     uint8 [rows, ceil(cols / 8)], bit j of byte b: the code of column 8b + j is +1
       f32                             float32 [rows, cols]
       f16, bf16                       uint16 [rows, cols], the bits
+      grouped                         uint8 [rows, cols], codes that mean what `groups` says
     `scale` multiplies, also for hf_bitlinear, whose file holds the inverse.
-    activations: a8, a8_q128 for packed layouts, None for floats.
+    activations: a8, a8_q128 for packed layouts, a8_g32 for grouped, None for floats.
     """
 
     layout: str
@@ -52,6 +85,7 @@ class LinearWeights:
     scale: float = 1.0
     activations: str | None = None
     bias: NDArray[np.float32] | None = None
+    groups: Groups | None = None
 
     def data_shape(self) -> tuple[int, int]:
         if self.layout in ("hf_autobitlinear", "hf_bitlinear"):
@@ -141,7 +175,9 @@ def _check_linear(name: str, linear: LinearWeights, shape: tuple[int, int]) -> N
         raise ValueError(
             f"{name}.bias is {linear.bias.dtype} {list(linear.bias.shape)}, expected float32 [{linear.rows}]"
         )
-    allowed = (None,) if linear.layout in FLOATS else ("a8", "a8_q128")
+    if (linear.groups is not None) != (linear.layout == "grouped"):
+        raise ValueError(f"{name} has layout {linear.layout} with{'out' if linear.groups is None else ''} groups")
+    allowed = (None,) if linear.layout in FLOATS else ("a8_g32",) if linear.groups else ("a8", "a8_q128")
     if linear.activations not in allowed:
         raise ValueError(f"{name} has activations {linear.activations!r}, expected {' or '.join(map(str, allowed))}")
 
