@@ -143,11 +143,10 @@ std::shared_ptr<Head> quantized_head(Runner& runner, std::shared_ptr<RowTable> r
     }
     nb::gil_scoped_release release;
     RowIntegers codes = quantize_rows(*rows, bits, runner.pool, runner.arena);
-    std::vector<float> norms = std::move(codes.norms), errors = std::move(codes.errors);
+    std::vector<float> errors = std::move(codes.errors);
     auto copy = std::make_shared<TileLinear>(std::move(codes), runner.kernels);
     if (!floats) return std::make_shared<Head>(std::move(copy));
-    return std::make_shared<Head>(std::move(copy), std::move(floats), std::move(rows), std::move(norms),
-                                  std::move(errors));
+    return std::make_shared<Head>(std::move(copy), std::move(floats), std::move(rows), std::move(errors));
 }
 
 std::shared_ptr<RowTable> new_row_table(const std::string& layout, const Array& data, int rows, int columns,

@@ -18,13 +18,8 @@ float length(const float* x, int n) {
 
 Head::Head(LinearPtr linear) : linear_(std::move(linear)) {}
 
-Head::Head(LinearPtr copy, std::shared_ptr<const FloatLinear> exact, RowsPtr rows, std::vector<float> norms,
-           std::vector<float> errors)
-    : linear_(std::move(copy)),
-      exact_(std::move(exact)),
-      table_(std::move(rows)),
-      norms_(std::move(norms)),
-      errors_(std::move(errors)) {}
+Head::Head(LinearPtr copy, std::shared_ptr<const FloatLinear> exact, RowsPtr rows, std::vector<float> errors)
+    : linear_(std::move(copy)), exact_(std::move(exact)), table_(std::move(rows)), errors_(std::move(errors)) {}
 
 void Head::reserve(Activations& x) const { x.reserve(linear_->activations()); }
 

@@ -21,9 +21,8 @@ class Head {
  public:
     /// Every logit from this matrix.
     explicit Head(LinearPtr linear);
-    /// `copy` screens, `exact` decides; they have the same rows. norms, errors: of each row (RowIntegers).
-    Head(LinearPtr copy, std::shared_ptr<const FloatLinear> exact, RowsPtr rows, std::vector<float> norms,
-         std::vector<float> errors);
+    /// `copy` screens, `exact` decides; they have the same rows. errors: of each row (RowIntegers).
+    Head(LinearPtr copy, std::shared_ptr<const FloatLinear> exact, RowsPtr rows, std::vector<float> errors);
 
     int rows() const { return linear_->rows(); }
     int columns() const { return linear_->columns(); }
@@ -53,7 +52,7 @@ class Head {
     LinearPtr linear_;
     std::shared_ptr<const FloatLinear> exact_;
     RowsPtr table_;
-    std::vector<float> norms_, errors_;
+    std::vector<float> errors_;
     mutable std::atomic<int64_t> rescored_{0}, screened_tokens_{0};
 };
 

@@ -50,12 +50,13 @@ struct Chosen {
 Chosen choose_scale(const float* row, int columns, int bits) {
     const float half = static_cast<float>(1 << (bits - 1)), largest = absolute_maximum(row, columns);
     if (largest == 0.0f) return {1.0f, 0.0f};
+    if (!std::isfinite(largest)) return {1.0f, largest};
+    if (bits > 4) return {largest / (half - 1.0f), 0.0f};
     Chosen best{0.0f, INFINITY};
     for (float share : kShares) {
         const float scale = largest * share / (half - 1.0f);
         const float error = squared_error(row, columns, scale, -half, half - 1.0f);
         if (error < best.error) best = {scale, error};
-        if (bits > 4) break;
     }
     return best;
 }
@@ -82,33 +83,31 @@ RowIntegers quantize_rows(const RowTable& source, int bits, Pool& pool, Arena& a
         throw std::invalid_argument("rows can have 4, 6 or 8 bits, not " + std::to_string(bits));
     const int rows = source.rows(), columns = source.columns(), half = 1 << (bits - 1);
     std::vector<uint8_t*> data;
-    RowIntegers out{rows, columns, half, planes_of(bits, rows, columns, arena, data), {}, {}, {}};
+    RowIntegers out{rows, columns, half, planes_of(bits, rows, columns, arena, data), {}, {}};
     out.scales.resize(static_cast<size_t>(rows));
-    out.norms.resize(static_cast<size_t>(rows));
     out.errors.resize(static_cast<size_t>(rows));
     const ptrdiff_t padded = code_stride(columns);
     std::atomic<bool> finite{true};
     pool.run([&](Team& team) {
         std::vector<float> row(static_cast<size_t>(columns));
-        std::vector<uint8_t> codes(static_cast<size_t>(padded * kTileRows)), part(codes.size());
+        std::vector<uint8_t> own(static_cast<size_t>(padded), static_cast<uint8_t>(half));  // of a row
+        std::vector<uint8_t> codes(own.size() * kTileRows), part(codes.size());
         const Range tiles = team.share((rows + kTileRows - 1) / kTileRows);
         for (int tile = tiles.begin; tile < tiles.end; ++tile) {
             std::fill(codes.begin(), codes.end(), static_cast<uint8_t>(half));
             for (int r = tile * kTileRows; r < rows && r < (tile + 1) * kTileRows; ++r) {
                 source.copy_row(r, row.data());
                 const auto [scale, error] = choose_scale(row.data(), columns, bits);
-                double squares = 0.0;
-                for (float weight : row) squares += static_cast<double>(weight) * weight;
-                if (!std::isfinite(squares)) finite = false;
+                if (!std::isfinite(error)) finite = false;
                 out.scales[r] = scale;
-                out.norms[r] = static_cast<float>(std::sqrt(squares));
                 out.errors[r] = std::sqrt(error);
                 const float inverse = 1.0f / scale, low = static_cast<float>(-half),
                             high = static_cast<float>(half - 1);
-                uint8_t* to = codes.data() + 4 * (r % kTileRows);
                 for (int k = 0; k < columns; ++k)
-                    to[k / 4 * kBlockBytes + k % 4] =
+                    own[static_cast<size_t>(k)] =
                         static_cast<uint8_t>(code_of(row[static_cast<size_t>(k)], inverse, low, high) + half);
+                for (int k = 0; k < columns; k += 4)  // own ends with codes of no weight
+                    std::memcpy(codes.data() + k / 4 * kBlockBytes + 4 * (r % kTileRows), own.data() + k, 4);
             }
             for (size_t i = 0; i < out.planes.size(); ++i) {
                 const Plane& plane = out.planes[i];

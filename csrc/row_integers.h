@@ -21,8 +21,7 @@ struct RowIntegers {
     int rows, columns, offset;
     std::vector<Plane> planes;
     std::vector<float> scales;  // [rows]
-    std::vector<float> norms;   // [rows], of the float weights
-    std::vector<float> errors;  // [rows], norm of what rounding has changed
+    std::vector<float> errors;  // [rows], with 4 bits: norm of what rounding has changed
 };
 
 /// Scales from the largest weight of a row; with 4 bits, from one of several shares of it, the one with the least

@@ -28,17 +28,24 @@ RowTable::RowTable(Runtime layout, Bytes data, int rows, int columns, float scal
 
 void RowTable::copy_row(int r, float* out) const {
     const uint8_t* from = data_.data() + static_cast<size_t>(r) * row_bytes_;
-    for (int k = 0; k < columns_; ++k) {
-        float value;
-        if (layout_ == Runtime::kF32) {
-            std::memcpy(&value, from + 4 * static_cast<size_t>(k), 4);
-        } else {
-            uint16_t bits;
-            std::memcpy(&bits, from + 2 * static_cast<size_t>(k), 2);
-            value = layout_ == Runtime::kF16 ? float_from_f16(bits) : float_from_bf16(bits);
-        }
-        out[k] = value * scale_;
-    }
+    auto each = [&](auto value) {
+        for (int k = 0; k < columns_; ++k) out[k] = value(static_cast<size_t>(k)) * scale_;
+    };
+    auto bits = [&](size_t k) {
+        uint16_t found;
+        std::memcpy(&found, from + 2 * k, 2);
+        return found;
+    };
+    if (layout_ == Runtime::kBf16)
+        each([&](size_t k) { return float_from_bf16(bits(k)); });
+    else if (layout_ == Runtime::kF16)
+        each([&](size_t k) { return float_from_f16(bits(k)); });
+    else
+        each([&](size_t k) {
+            float found;
+            std::memcpy(&found, from + 4 * k, 4);
+            return found;
+        });
     looked_up(1);
 }
 
