@@ -1,5 +1,6 @@
 #include "row_integers.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <stdexcept>
@@ -32,14 +33,16 @@ float squared_error(const float* row, int columns, float scale, float low, float
     return sum;
 }
 
+/// Not finite if one of the weights is not.
 float absolute_maximum(const float* row, int columns) {
-    float partial[8] = {};
+    float partial[8] = {}, zeros[8] = {};
     for (int k = 0; k < columns; ++k) {
         const float size = std::fabs(row[k]);
         partial[k % 8] = size > partial[k % 8] ? size : partial[k % 8];
+        zeros[k % 8] += row[k] - row[k];
     }
     float largest = 0.0f;
-    for (float part : partial) largest = part > largest ? part : largest;
+    for (int i = 0; i < 8; ++i) largest = std::max(largest, partial[i]) + zeros[i];
     return largest;
 }
 
