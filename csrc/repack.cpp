@@ -223,7 +223,10 @@ bool runs_in_place(const SourceLayout& layout, const void* data, int columns) {
 }
 
 Bytes repack(const Stored& source, Runtime runtime, Pool& pool, Arena& arena) {
-    const auto& [layout, bytes, rows, columns, mapped] = source;
+    const SourceLayout& layout = source.layout;
+    const Bytes& bytes = source.bytes;
+    const int rows = source.rows, columns = source.columns;
+    const bool mapped = source.mapped;
     if (is_float(runtime) ? runtime != layout.runtime : runtime_layout(runtime).codes != layout.runtime)
         throw std::invalid_argument(std::string(layout.name) + " data does not go into this run-time layout");
     const int tiles = static_cast<int>(ceil_div(rows, kTileRows)), groups = tiles / layout.tiles_together(rows);

@@ -18,7 +18,7 @@ def test_kernels_on_arm():
     if missing:
         pytest.skip(f"{', '.join(missing)} is not installed (Debian: g++-aarch64-linux-gnu, qemu-user)")
     here = ["NEON_CXX=g++", "NEON_RUN="] if NATIVE else []
-    done = subprocess.run(["make", "neon", *here], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(["make", "neon", *here], cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert "scalar: done" in lines
