@@ -323,7 +323,7 @@ void group_streams(const GroupProduct& p, int tile, int end) {
 template <class V, class Codes, int unit>
 void group_product(const GroupProduct& p) {
     if (p.tokens == 1)
-        group_streams<V, Codes, unit, 1, V::kStreams>(p, p.tile_begin, p.tile_end);
+        group_streams<V, Codes, unit, 1, V::kSpanStreams>(p, p.tile_begin, p.tile_end);
     else
         group_streams<V, Codes, unit, V::kSpanTokens, V::kSpanTiles>(p, p.tile_begin, p.tile_end);
 }

@@ -28,7 +28,6 @@ ISA_BEGIN("avx2,fma,f16c")
 
 /// Without VNNI a pair of products is an int16 first.
 struct V : Vectors256 {
-    static constexpr int kSpanTokens = 4, kSpanTiles = 1;
     using Narrow = __m256i;
     static constexpr int kStreams = 2, kFewTokens = 2, kFewTiles = 1, kGroupTokens = 4, kGroupTiles = 1,
                          kPanelTokens = 6, kPanelTiles = 1, kPanelFrom = 35;
@@ -129,6 +128,22 @@ void quantize_groups(const float* x, int columns, ActivationStrip* strips) {
         set_codes(wide, columns, *strips);
     }
 }
+
+/// Codes of activations in groups are never -128, so a pair of products of signed bytes does fit into an int16.
+struct GroupV : V {
+    static constexpr int kSpanStreams = 2, kSpanTokens = 4, kSpanTiles = 1;
+    /// A code above 127 is taken as code - 128; the sum begins with what that leaves out.
+    template <int largest>
+    TRITKIT_INLINE __m256i start(int32_t sum_of_x) {
+        return _mm256_set1_epi32(narrow<largest>() ? 0 : 128 * sum_of_x);
+    }
+    template <int largest>
+    TRITKIT_INLINE __m256i dot(__m256i sum, __m256i codes, __m256i x) {
+        const __m256i w = _mm256_xor_si256(codes, splat(128));
+        const __m256i products = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+        return widen(sum, products);
+    }
+};
 
 #include "group_kernels.h"
 
@@ -265,7 +280,7 @@ const Kernels kAvx2 = {
     integer_peak,
 
     quantize_groups,
-    matmul_groups<V>,
+    matmul_groups<GroupV>,
 };
 
 }  // namespace tritkit

@@ -84,7 +84,7 @@ struct V {
 
     // --- For grouped weights: group_kernels.h says what each of these is for.
     using Floats = __m512;
-    static constexpr int kSpanTokens = 6, kSpanTiles = 2;
+    static constexpr int kSpanStreams = 4, kSpanTokens = 6, kSpanTiles = 2;
     template <int n>
     TRITKIT_INLINE __m512i shift_left(__m512i v) {
         return _mm512_slli_epi32(v, n);

@@ -27,7 +27,7 @@ ISA_BEGIN("avx2,fma,f16c,avxvnni")
 #include "isa_256.h"
 
 struct V : Vectors256 {
-    static constexpr int kSpanTokens = 4, kSpanTiles = 1;
+    static constexpr int kSpanStreams = 2, kSpanTokens = 4, kSpanTiles = 1;
     static constexpr int kStreams = 1, kFewTokens = 2, kFewTiles = 2, kGroupTokens = 5, kGroupTiles = 1,
                          kPanelTokens = 6, kPanelTiles = 1, kPanelFrom = 35;
     static constexpr bool kUnsignedDot = true;

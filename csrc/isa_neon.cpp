@@ -110,7 +110,7 @@ struct V {
 
     // --- For grouped weights: group_kernels.h says what each of these is for.
     using Floats = float32x4_t;
-    static constexpr int kSpanTokens = 2, kSpanTiles = 1;
+    static constexpr int kSpanStreams = 1, kSpanTokens = 2, kSpanTiles = 1;
     template <int n>
     TRITKIT_INLINE uint8x16_t shift_left(uint8x16_t v) {
         return vshlq_n_u8(v, n);

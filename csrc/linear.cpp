@@ -96,8 +96,8 @@ TileLinear::TileLinear(const Stored& source, Runtime runtime, float scale, const
       scale_(scale),
       kernels_(&kernels) {
     if (activations_ != ActivationFormat::kA8 && activations_ != ActivationFormat::kA8Q128)
-        throw std::invalid_argument("activations is '" + activations + "' for layout " + source.layout.name +
-                                    ", expected a8 or a8_q128");
+        throw std::invalid_argument("activations is " + (activations.empty() ? "None" : "'" + activations + "'") +
+                                    " for layout " + source.layout.name + ", expected a8 or a8_q128");
     if (columns_ > kMaxColumns)
         throw std::invalid_argument("there are " + std::to_string(columns_) + " columns, more than the " +
                                     std::to_string(kMaxColumns) + " whose products are sure to fit 32 bits");

@@ -128,6 +128,7 @@ def test_wrong_arrays_are_refused():
         (("hf_bitlinear", ok, 20, 8, 1.0, "a8", None), "data has 32 bytes, expected 40"),
         (("hf_bitlinear", ok.T, 16, 8, 1.0, "a8", None), "C-contiguous"),
         (("hf_bitlinear", ok, 16, 8, 1.0, None, None), "activations is None for layout hf_bitlinear, expected a8"),
+        (("hf_bitlinear", ok, 16, 8, 1.0, "a8_g32", None), "activations is 'a8_g32' for layout hf_bitlinear"),
         (("hf_bitlinear", ok, 16, 8, 1.0, "a9", None), "'a9'"),
         (("hf_bitlinear", ok, 16, 8, 1.0, "a8", np.zeros(16)), "bias is float64, expected float32"),
         (("tq9", ok, 16, 8, 1.0, "a8", None), "layout is 'tq9', expected one of hf_autobitlinear, hf_bitlinear"),
