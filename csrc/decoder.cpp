@@ -186,8 +186,10 @@ void Decoder::step(const std::vector<Job>& jobs) {
     Workspace& w = workspace(static_cast<int>(tokens.size()));
     runner_->pool.run([&](Team& team) {
         const Range mine = team.share(static_cast<int>(tokens.size()));
-        for (int t = mine.begin; t < mine.end; ++t)
+        for (int t = mine.begin; t < mine.end; ++t) {
             embedding_->copy_row(tokens[t].id, w.hidden.data() + static_cast<ptrdiff_t>(t) * shape_.hidden_size);
+            embedding_->looked_up(1, true);
+        }
         for (int layer = 0; layer < static_cast<int>(layers_.size()); ++layer)
             run_layer(team, layer, static_cast<int>(tokens.size()), w);
         run_head(team, outputs, w);

@@ -35,7 +35,7 @@ void Head::run(Team& team, const Activations& x, int tokens, bool all_exact, flo
     Chunks chunks(team, rows(), kChunkRows);
     for (Range r = chunks.next(); !r.empty(); r = chunks.next())
         linear.apply(r, x, tokens, logits, stride, Linear::Write::kStore, sums);
-    if (exactly && team.rank == 0) table_->looked_up(rows());
+    if (exactly && team.rank == 0) table_->looked_up(rows(), false);
     if (!screened() || all_exact) return;
     team.barrier();
     screen(team, x, tokens, logits, stride, scratch);
@@ -68,7 +68,7 @@ void Head::screen(Team& team, const Activations& x, int tokens, float* logits, p
     }
     rescored_ += rescored;
     if (team.rank == 0) screened_tokens_ += tokens;
-    if (rescored) table_->looked_up(static_cast<int>(rescored));
+    if (rescored) table_->looked_up(static_cast<int>(rescored), true);
 }
 
 }  // namespace tritkit

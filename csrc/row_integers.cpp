@@ -112,6 +112,7 @@ RowIntegers quantize_rows(const RowTable& source, int bits, Pool& pool, Arena& a
                 for (int k = 0; k < columns; k += 4)  // own ends with codes of no weight
                     std::memcpy(codes.data() + k / 4 * kBlockBytes + 4 * (r % kTileRows), own.data() + k, 4);
             }
+            source.looked_up(kTileRows, false);
             for (size_t i = 0; i < out.planes.size(); ++i) {
                 const Plane& plane = out.planes[i];
                 const unsigned mask = static_cast<unsigned>(facts(plane.layout).levels - 1);

@@ -9,7 +9,7 @@ namespace tritkit {
 namespace {
 
 constexpr size_t kLargestTouched = size_t{16} << 20;
-constexpr size_t kFaultAround = size_t{64} << 10;  // Linux maps so much around a byte that is read
+constexpr size_t kFaultAround = size_t{1} << 20;  // measured: so much may be mapped with a row that is read
 
 }  // namespace
 
@@ -46,11 +46,11 @@ void RowTable::copy_row(int r, float* out) const {
             std::memcpy(&found, from + 4 * k, 4);
             return found;
         });
-    looked_up(1);
 }
 
-void RowTable::looked_up(int rows) const {
-    const size_t bytes = std::min(static_cast<size_t>(rows) * (row_bytes_ + kFaultAround), data_.size());
+void RowTable::looked_up(int rows, bool scattered) const {
+    const size_t bytes =
+        std::min(static_cast<size_t>(rows) * (row_bytes_ + (scattered ? kFaultAround : 0)), data_.size());
     if (!drop_pages_ || touched_.fetch_add(bytes) < kLargestTouched) return;
     touched_ = 0;
     drop_file_pages(data_.data(), data_.size());

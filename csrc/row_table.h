@@ -20,8 +20,8 @@ class RowTable {
 
     /// Row r times the scale. Any number of threads at once.
     void copy_row(int r, float* out) const;
-    /// So many rows were read where they lie: the pages may leave now and then.
-    void looked_up(int rows) const;
+    /// So many rows were read, here and there or one behind the other: their pages may leave now and then.
+    void looked_up(int rows, bool scattered) const;
 
  private:
     Runtime layout_;
