@@ -63,12 +63,12 @@ void Head::screen(Team& team, const Activations& x, int tokens, float* logits, p
             float& logit = logits[t * stride + r];
             if (logit + margin * errors_[r] < floor) continue;
             logit = exact_->row_product(r, x.row(t));
+            table_->looked_up(1, true);  // at once: sometimes there are thousands
             ++rescored;
         }
     }
     rescored_ += rescored;
     if (team.rank == 0) screened_tokens_ += tokens;
-    if (rescored) table_->looked_up(static_cast<int>(rescored), true);
 }
 
 }  // namespace tritkit
