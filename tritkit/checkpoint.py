@@ -7,8 +7,8 @@ per linear, as transformers' autobitlinear reads them (FACTS 5.3), or our own wh
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from .files import atomic_open
 from .layouts import LAYOUTS, Packed, Unpacked
 from .models.config import ModelConfig, config_from_hf
-from .tensorfile import StoredTensor, TensorFile, write_tensors
+from .tensorfile import LazyTensor, StoredTensor, TensorFile, write_tensors
 from .tokenizer import Tokenizer
 
 OWN = "tritkit_"  # begins the model_type of what transformers cannot represent, so that it must refuse the folder
@@ -27,6 +27,10 @@ COMPANIONS = (
     "generation_config.json",
     "chat_template.jinja",
 )
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+SCALED = ("hf_bitlinear", "hf_autobitlinear", "binary_rows", "dense", "i2_s_x86", "i2_s_arm")  # have a weight_scale
+EXTRAS = ("weight_scale", "weight_code", "weight_zero")  # what some layouts store beside "weight"
 
 # What transformers itself runs as BitNet; everything else gets a model_type of our own.
 HF_FORMATS = ("ternary", "a8")
@@ -53,23 +57,49 @@ def linear_shape(config: ModelConfig, name: str) -> tuple[int, int]:
     return shapes[name.rsplit(".", 1)[1]]
 
 
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+
+
+def matrix_names(config: ModelConfig) -> list[str]:
+    """Everything that may be stored as codes: the embedding, the linears of the layers, the head if it has its own."""
+    return [EMBEDDING, *linear_names(config), *(() if config.tie_word_embeddings else (HEAD,))]
+
+
+def matrix_shape(config: ModelConfig, name: str) -> tuple[int, int]:
+    """[rows, columns] of a matrix by its name."""
+    return (config.vocab_size, config.hidden_size) if name in (EMBEDDING, HEAD) else linear_shape(config, name)
+
+
 @dataclass(frozen=True)
 class ModelFolder:
-    """An opened folder. ``layout`` is None where the linears are floats (full precision or latent)."""
+    """An opened model: a folder, or a file that is read as one. Tensors have Hugging Face's names.
+
+    layouts: of the matrices that are stored as codes; what is not in it is stored as floats. container: what it was
+    opened from, "folder", "gguf" or "llama2.c".
+    """
 
     path: Path
     config: ModelConfig
     hf: dict[str, Any]
-    layout: str | None
+    layouts: Mapping[str, str]
     tensors: Mapping[str, StoredTensor]
+    container: str = "folder"
+    read_tokenizer: Callable[[], Tokenizer] | None = field(default=None, repr=False)
 
     @property
     def is_packed(self) -> bool:
+        """Whether linears of the layers are stored as codes."""
         return self.layout is not None
+
+    @property
+    def layout(self) -> str | None:
+        """The layouts of the linears, joined by "+" where there are several; None where all are floats."""
+        found = {self.layouts[name] for name in linear_names(self.config) if name in self.layouts}
+        return "+".join(sorted(found)) or None
 
     def tokenizer(self) -> Tokenizer:
         """Its tokenizer; ValueError where it has more tokens than the model has rows."""
-        tokenizer = Tokenizer.load(self.path)
+        tokenizer = Tokenizer.load(self.path) if self.read_tokenizer is None else self.read_tokenizer()
         if len(tokenizer) > self.config.vocab_size:
             raise ValueError(
                 f"the tokenizer of {self.path} has {len(tokenizer)} tokens, but the model knows "
@@ -78,32 +108,54 @@ class ModelFolder:
         return tokenizer
 
     def packed(self, name: str) -> Packed:
-        """The stored arrays of a linear of a packed folder."""
-        scale = self.tensors[f"{name}.weight_scale"].float32()
-        return Packed({"weight": self.tensors[f"{name}.weight"].array, "weight_scale": scale})
+        """The stored arrays of a matrix of codes."""
+        arrays = {"weight": self.tensors[f"{name}.weight"].array}
+        for extra in EXTRAS:
+            if f"{name}.{extra}" in self.tensors:
+                stored = self.tensors[f"{name}.{extra}"]
+                arrays[extra] = stored.float32() if stored.dtype in FLOATS else stored.array
+        return Packed(arrays)
 
     def codes(self, name: str) -> Unpacked:
-        """Codes and scale of a linear of a packed folder; ValueError where the bytes are not what the layout says."""
-        assert self.layout is not None
-        return LAYOUTS[self.layout].unpack(self.packed(name), linear_shape(self.config, name))
+        """Codes and scales of a matrix of codes; ValueError where the bytes are not what the layout says."""
+        try:
+            return LAYOUTS[self.layouts[name]].unpack(self.packed(name), matrix_shape(self.config, name))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+
+    def floats(self, name: str) -> np.ndarray:
+        """The values of a matrix, whatever its layout: a new array, float32 [rows, columns]."""
+        if name not in self.layouts:
+            return self.tensors[f"{name}.weight"].float32()
+        try:
+            return LAYOUTS[self.layouts[name]].dequantize(self.packed(name), matrix_shape(self.config, name))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
 
     def file_bytes(self) -> int:
         """Size of the weights on disk."""
+        if self.path.is_file():
+            return self.path.stat().st_size
         return sum(f.stat().st_size for f in self.path.glob("*.safetensors") if f.name != "optimizer.safetensors")
 
     def parameters(self) -> int:
         """Weights of the model, tied ones counted once; codes count as weights, scales do not."""
-        linears = set(linear_names(self.config))
-        count = sum(int(np.prod(linear_shape(self.config, name))) for name in linears)
-        return count + sum(
-            t.array.size for key, t in self.tensors.items() if key.rsplit(".weight", 1)[0] not in linears
-        )
+        matrices = set(matrix_names(self.config))
+        count = sum(int(np.prod(matrix_shape(self.config, name))) for name in matrices)
+        return count + sum(t.array.size for key, t in self.tensors.items() if _module(key) not in matrices)
 
     def bits_per_weight(self) -> float:
         """Measured: bytes that the linears of the layers take in the file, scales included, over their weights."""
         names = set(linear_names(self.config))
-        stored = sum(t.array.nbytes for key, t in self.tensors.items() if key.rsplit(".weight", 1)[0] in names)
+        stored = sum(
+            t.array.nbytes for key, t in self.tensors.items() if _module(key) in names and not key.endswith(".bias")
+        )
         return 8 * stored / sum(int(np.prod(linear_shape(self.config, name))) for name in names)
+
+
+def _module(key: str) -> str:
+    """The matrix that a tensor belongs to: what stands before .weight, .weight_scale, .bias ..."""
+    return key.rpartition(".")[0]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -124,42 +176,77 @@ def open_folder(folder: Path | str) -> ModelFolder:
     if not (path / "config.json").is_file():
         raise ValueError(f"{folder} is no model folder: it has no config.json")
     hf = read_json(path / "config.json")
-    weights, activations, layout = _formats_of(hf)
+    weights, activations = _formats_of(hf)
     config = config_from_hf({**hf, "model_type": str(hf.get("model_type")).removeprefix(OWN)}, weights, activations)
-    tensors = _tensor_files(path)
-    for name in linear_names(config):
-        if f"{name}.weight" not in tensors:
-            raise ValueError(f"{folder} has no tensor {name}.weight: the weights do not fit config.json")
-        found, wanted = tensors[f"{name}.weight"], linear_shape(config, name)
-        if layout is None and found.array.shape != wanted:
-            raise ValueError(f"{name}.weight has the shape {found.array.shape}, but config.json asks for {wanted}")
-        if layout is not None and f"{name}.weight_scale" not in tensors:
-            raise ValueError(f"{folder} has no tensor {name}.weight_scale, which the layout {layout} needs")
-    return ModelFolder(path, config, hf, layout, tensors)
+    opened = ModelFolder(path, config, hf, _layouts_of(hf, config), _tensor_files(path))
+    require_complete(opened)
+    return opened
 
 
-def _formats_of(hf: dict[str, Any]) -> tuple[str | None, str | None, str | None]:
-    """Weight format, activation format and layout that quantization_config means."""
+def require_complete(folder: ModelFolder) -> None:
+    """ValueError with the first matrix that is missing or does not have the shape that the config asks for."""
+    for name in matrix_names(folder.config):
+        if f"{name}.weight" not in folder.tensors:
+            raise ValueError(f"{folder.path} has no tensor {name}.weight: the weights do not fit config.json")
+        found, wanted = folder.tensors[f"{name}.weight"].array.shape, matrix_shape(folder.config, name)
+        if name not in folder.layouts:
+            if found != wanted:
+                raise ValueError(f"{name}.weight has the shape {found}, but config.json asks for {wanted}")
+        elif folder.layouts[name] in SCALED and f"{name}.weight_scale" not in folder.tensors:
+            raise ValueError(
+                f"{folder.path} has no tensor {name}.weight_scale, which the layout {folder.layouts[name]} needs"
+            )
+
+
+def _quantization(hf: dict[str, Any]) -> dict[str, Any] | None:
     q = hf.get("quantization_config")
-    if q is None:
-        return None, None, None
-    if not isinstance(q, dict):
+    if q is not None and not isinstance(q, dict):
         raise ValueError(f"quantization_config of config.json is {q!r}, expected an object")
+    return q
+
+
+def _formats_of(hf: dict[str, Any]) -> tuple[str | None, str | None]:
+    """Weight format and activation format that quantization_config means."""
+    q = _quantization(hf)
+    if q is None:
+        return None, None
     method = q.get("quant_method")
     if method == "tritkit":
-        if q.get("layout") is not None and q["layout"] not in LAYOUTS:
-            raise ValueError(f"config.json has layout {q['layout']!r}; known are {', '.join(LAYOUTS)}")
-        return q.get("weights"), q.get("activations"), q.get("layout")
+        return q.get("weights"), q.get("activations")
     if method != "bitnet":
         raise ValueError(f"config.json has quant_method {method!r}; tritkit reads 'bitnet' and 'tritkit'")
     if q.get("use_rms_norm"):
         raise ValueError("config.json has use_rms_norm = true (a norm in every linear), which tritkit does not run yet")
+    return "ternary", "a8"
+
+
+def _layouts_of(hf: dict[str, Any], config: ModelConfig) -> dict[str, str]:
+    """The layout of each matrix that is stored as codes, by quantization_config."""
+    q = _quantization(hf)
+    if q is None:
+        return {}
+    if q.get("quant_method") == "tritkit":
+        found = dict.fromkeys(linear_names(config), q["layout"]) if q.get("layout") is not None else {}
+        others = q.get("layouts") or {}
+        if not isinstance(others, dict):
+            raise ValueError(f"config.json has layouts {others!r}, expected a table of names")
+        known = set(matrix_names(config))
+        for name, layout in others.items():
+            if name not in known:
+                raise ValueError(f"config.json has a layout for {name!r}, which is no matrix of this model")
+            found.pop(name, None)
+            if layout is not None:
+                found[name] = layout
+        for layout in found.values():
+            if layout not in LAYOUTS:
+                raise ValueError(f"config.json has layout {layout!r}; known are {', '.join(LAYOUTS)}")
+        return found
     linear_class = q.get("linear_class", "bitlinear")
     if linear_class == "autobitlinear" and q.get("quantization_mode", "offline") == "online":
-        return "ternary", "a8", None
+        return {}
     if linear_class not in ("bitlinear", "autobitlinear"):
         raise ValueError(f"config.json has linear_class {linear_class!r}; known are 'bitlinear' and 'autobitlinear'")
-    return "ternary", "a8", f"hf_{linear_class}"
+    return dict.fromkeys(linear_names(config), f"hf_{linear_class}")
 
 
 class _Shards(dict[str, StoredTensor]):
@@ -184,11 +271,14 @@ def _tensor_files(path: Path) -> Mapping[str, StoredTensor]:
 def write_folder(
     folder: Path | str,
     config: ModelConfig,
-    tensors: Mapping[str, StoredTensor],
+    tensors: Mapping[str, StoredTensor | LazyTensor],
     tokenizer: Tokenizer,
-    layout: str | None,
+    layouts: Mapping[str, str],
 ) -> None:
-    """Write config, weights, tokenizer and generation config into ``folder``, each file atomically, weights first."""
+    """Write config, weights, tokenizer and generation config into ``folder``, each file atomically, weights first.
+
+    layouts: of the matrices whose tensors are codes.
+    """
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     write_tensors(path / "model.safetensors", tensors, {})
@@ -196,27 +286,37 @@ def write_folder(
     special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     with atomic_open(path / "generation_config.json") as file:
         json.dump({**special, "do_sample": True, "temperature": 0.8}, file, indent=2)
-    kinds = {t.dtype for name, t in tensors.items() if name.endswith("embed_tokens.weight")}
-    dtype = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[kinds.pop()]
+    embedding = tensors[f"{EMBEDDING}.weight"].dtype
+    dtype = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(embedding, "float32")
     tree = {**config.to_hf(), **special, "dtype": dtype, "torch_dtype": dtype}
-    if config.weights is not None:
-        tree["quantization_config"] = _quantization_config(config, layout)
-        if (config.weights, config.activations) != HF_FORMATS or layout not in (None, "hf_autobitlinear"):
+    q = quantization_config(config, layouts)
+    if q is not None:
+        tree["quantization_config"] = q
+        if q["quant_method"] == "tritkit":
             tree["model_type"] = OWN + config.family
             tree["architectures"] = ["TritkitForCausalLM"]
     with atomic_open(path / "config.json") as file:
         json.dump(tree, file, indent=2)
 
 
-def _quantization_config(config: ModelConfig, layout: str | None) -> dict[str, Any]:
-    if (config.weights, config.activations) == HF_FORMATS and layout in (None, "hf_autobitlinear"):
+def quantization_config(config: ModelConfig, layouts: Mapping[str, str]) -> dict[str, Any] | None:
+    """What config.json says of the formats: in transformers' words where it has them, else in ours."""
+    if config.weights is None and not layouts:
+        return None
+    ours = set(layouts.values())
+    stored = set(layouts) == set(linear_names(config)) and len(ours) == 1
+    if (config.weights, config.activations) == HF_FORMATS and (
+        not layouts or (stored and ours <= {"hf_autobitlinear", "hf_bitlinear"})
+    ):
+        divides = ours == {"hf_bitlinear"}
         return {
             "quant_method": "bitnet",
-            "linear_class": "autobitlinear",
-            "quantization_mode": "online" if layout is None else "offline",
+            "linear_class": "bitlinear" if divides else "autobitlinear",
+            **({} if divides else {"quantization_mode": "offline" if layouts else "online"}),
             "modules_to_not_convert": None,
         }
-    return {"quant_method": "tritkit", "weights": config.weights, "activations": config.activations, "layout": layout}
+    q = {"quant_method": "tritkit", "weights": config.weights, "activations": config.activations}
+    return {**q, "layout": ours.pop()} if stored else {**q, "layout": None, "layouts": dict(layouts)}
 
 
 def copy_companions(source: Path, target: Path) -> None:

@@ -230,7 +230,7 @@ class GGUFFile(Mapping[str, GGUFTensor]):
         if size < 24:
             raise ValueError(f"{path} is not a GGUF file: it has {size} bytes")
         self._bytes = np.memmap(self.path, np.uint8, "r")
-        cursor = _Cursor(self.path, memoryview(self._bytes))
+        cursor = _Cursor(self.path, self._bytes.data)
         if bytes(cursor.data[:4]) != MAGIC:
             raise ValueError(f"{path} is not a GGUF file: it begins with {bytes(cursor.data[:4])!r}")
         cursor.at = 4

@@ -74,7 +74,7 @@ def pack(source: Path | str, out: Path | str, dtype: str = "bfloat16", overwrite
         for suffix, array in linear.arrays.items():
             tensors[f"{name}.{suffix}"] = StoredTensor("U8" if array.dtype == np.uint8 else "F32", array)
     out.mkdir(parents=True, exist_ok=True)
-    write_folder(out, folder.config, tensors, folder.tokenizer(), layout)
+    write_folder(out, folder.config, tensors, folder.tokenizer(), dict.fromkeys(packed, layout))
     copy_companions(folder.path, out)
     written = open_folder(out)
     for name, linear in packed.items():  # verify after write

@@ -7,7 +7,7 @@ import json
 import math
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,6 +45,14 @@ class StoredTensor(NamedTuple):
         if self.dtype not in ("F64", "F32", "F16"):
             raise ValueError(f"a tensor of dtype {self.dtype} holds codes, not floats")
         return self.array.astype(np.float32)
+
+
+class LazyTensor(NamedTuple):
+    """A tensor to write whose array is made when its turn has come, so that only one is in memory."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    make: Callable[[], np.ndarray]
 
 
 class TensorFile(Mapping[str, StoredTensor]):
@@ -115,15 +123,26 @@ class TensorFile(Mapping[str, StoredTensor]):
         return zlib.crc32(self._bytes[self._start :].data)
 
 
-def write_tensors(path: Path | str, tensors: Mapping[str, StoredTensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file atomically. ``metadata`` gets "format": "pt", which transformers asks for.
+def write_tensors(
+    path: Path | str,
+    tensors: Mapping[str, StoredTensor | LazyTensor],
+    metadata: dict[str, str],
+    advance: Callable[[], None] = lambda: None,
+) -> None:
+    """Write a safetensors file atomically. ``metadata`` gets "format": "pt", which transformers asks for; ``advance``
+    is called after each tensor.
 
     By hand, since the library's own writer takes no raw bfloat16 from numpy; tests read it back with the library.
     """
+    entries = {n: (t.dtype, t.shape if isinstance(t, LazyTensor) else t.array.shape) for n, t in tensors.items()}
     with atomic_open(path, "wb") as file:
-        file.write(tensor_header({name: (t.dtype, t.array.shape) for name, t in tensors.items()}, metadata))
-        for tensor in tensors.values():
-            file.write(np.ascontiguousarray(tensor.array).reshape(-1).view(np.uint8).data)
+        file.write(tensor_header(entries, metadata))
+        for name, tensor in tensors.items():
+            array = tensor.make() if isinstance(tensor, LazyTensor) else tensor.array
+            if (np.dtype(DTYPES[tensor.dtype]), entries[name][1]) != (array.dtype, array.shape):
+                raise ValueError(f"{name} is {array.dtype} {array.shape}, but was announced as {entries[name]}")
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            advance()
 
 
 def tensor_header(entries: Mapping[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]) -> bytes:

@@ -177,7 +177,7 @@ def _parts(checkpoint: Path) -> tuple[str, ...]:
 
 def save_model(out: Path, model: nn.Module, config: ModelConfig, tokenizer: Tokenizer) -> None:
     """The latent folder: float32 weights that training can go on from."""
-    write_folder(out, config, _model_tensors(model, prefix=""), tokenizer, layout=None)
+    write_folder(out, config, _model_tensors(model, prefix=""), tokenizer, layouts={})
 
 
 def read_latent(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, config: ModelConfig) -> None:

@@ -126,11 +126,11 @@ def _stored_linears(folder: ModelFolder) -> dict[str, LinearWeights]:
     found = {}
     for name in linear_names(folder.config):
         shape = linear_shape(folder.config, name)
-        if folder.layout is None:
+        if name not in folder.layouts:
             found[name] = _float_linear(folder.tensors[f"{name}.weight"], shape, name)
         else:
             arrays = folder.packed(name).arrays
-            found[name] = _packed_linear(folder.layout, arrays, shape, folder.config.activations)
+            found[name] = _packed_linear(folder.layouts[name], arrays, shape, folder.config.activations)
     return found
 
 

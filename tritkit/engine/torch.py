@@ -13,7 +13,7 @@ from torch import nn
 
 from ..checkpoint import ModelFolder, linear_names
 from ..formats import format_of
-from ..layers import PackedLinear
+from ..layers import Linear, PackedLinear
 from ..models.transformer import KVCache, Transformer, build
 from . import Job, checked
 
@@ -96,22 +96,30 @@ class TorchEngine:
 
 
 def model_of(folder: ModelFolder) -> Transformer:
-    """The torch model of a folder: packed linears as codes, latent ones as BitLinear, full ones as floats; float32."""
+    """The torch model of a folder: ternary and binary linears as codes, latent ones as BitLinear, all others as floats.
+
+    Weights in the layouts of ggml are expanded to float32 here: torch runs them with float activations.
+    """
     config = folder.config
     make = None
     if folder.is_packed:
         names = iter(linear_names(config))  # build() asks for linears in this order
-        activations = format_of(str(config.activations))
 
         def make(in_features: int, out_features: int) -> nn.Module:
-            matrix = folder.codes(next(names))
-            scale = torch.tensor(float(matrix.scale.reshape(-1)[0]))
-            return PackedLinear(torch.from_numpy(matrix.codes.astype(np.int8)), scale, activations)
+            name = next(names)
+            if config.weights is None or name not in folder.layouts:
+                return Linear(in_features, out_features)
+            matrix = folder.codes(name)
+            scale = torch.tensor(float(matrix.scale.max()))  # blocks without weights may have a scale of zero
+            codes = torch.from_numpy(matrix.codes.astype(np.int8))
+            return PackedLinear(codes, scale, format_of(str(config.activations)))
 
     model = build(config, make)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            stored = torch.from_numpy(folder.tensors[name].float32())
+            module, _, kind = name.rpartition(".")
+            in_codes = kind == "weight" and module in folder.layouts
+            stored = torch.from_numpy(folder.floats(module) if in_codes else folder.tensors[name].float32())
             if stored.shape != p.shape:
                 raise ValueError(
                     f"{name} has the shape {tuple(stored.shape)}, but config.json asks for {tuple(p.shape)}"

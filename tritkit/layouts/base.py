@@ -39,6 +39,16 @@ class Layout(ABC):
     @abstractmethod
     def unpack(self, packed: Packed, shape: tuple[int, int]) -> Unpacked: ...
 
+    def dequantize(self, packed: Packed, shape: tuple[int, int]) -> np.ndarray:
+        """The values, float32 [out, in]."""
+        matrix = self.unpack(packed, shape)
+        groups = matrix.scale.shape[1]
+        grouped = matrix.codes.astype(np.float32).reshape(shape[0], groups, -1)
+        grouped *= matrix.scale[:, :, None]
+        if matrix.offset is not None:
+            grouped += matrix.offset[:, :, None]
+        return grouped.reshape(shape)
+
     def _require_codes(self, codes: np.ndarray, allowed: tuple[int, ...]) -> None:
         low, high = int(codes.min(initial=0)), int(codes.max(initial=0))
         if low < min(allowed) or high > max(allowed) or not np.isin(codes, allowed).all():
