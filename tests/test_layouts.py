@@ -6,12 +6,14 @@ import sys
 import numpy as np
 import pytest
 
-from tritkit.layouts import LAYOUTS, Packed, Unpacked
+from tritkit.layouts import GGML, LAYOUTS, Packed, Unpacked
 
 CAN_HOLD = {
     "hf_bitlinear": [(-1, 0, 1)],
     "hf_autobitlinear": [(-1, 0, 1)],
     "binary_rows": [(-1, 1)],
+    "i2_s_x86": [(-1, 0, 1)],
+    "i2_s_arm": [(-1, 0, 1)],
     "dense": [
         *(tuple(range(-(1 << b - 1), 1 << b - 1)) for b in range(2, 9)),
         *(tuple(range(1 << b)) for b in range(1, 9)),
@@ -24,7 +26,13 @@ CAN_HOLD = {
     ],
 }
 CASES = [(name, codes) for name, all_codes in CAN_HOLD.items() for codes in all_codes]
-BITS = {"hf_bitlinear": 2, "hf_autobitlinear": 2, "binary_rows": 1}
+BITS = {"hf_bitlinear": 2, "hf_autobitlinear": 2, "binary_rows": 1, "i2_s_x86": 2, "i2_s_arm": 2}
+BLOCKS = {"i2_s_x86": 128, "i2_s_arm": 64}  # columns that lie together
+
+
+def columns(name: str, cols: int) -> int:
+    """So many columns, or blocks of that layout."""
+    return cols * BLOCKS.get(name, 8) // 8
 
 
 def matrix(codes, shape=(12, 40), scale=0.0371, seed=0) -> Unpacked:
@@ -43,12 +51,13 @@ def same(a: Unpacked, b: Unpacked) -> bool:
 
 
 def test_every_layout_is_tested():
-    assert set(CAN_HOLD) == set(LAYOUTS)
+    assert set(CAN_HOLD) | set(GGML) == set(LAYOUTS)  # those of ggml in test_ggml_layouts.py
 
 
 @pytest.mark.parametrize(("name", "codes"), CASES)
 def test_pack_and_unpack_is_the_identity(name, codes):
     for shape in ((12, 40), (4, 8), (64, 128), *(((5, 7), (1, 1)) if name == "dense" else ())):
+        shape = (shape[0], columns(name, shape[1]))
         layout, m = LAYOUTS[name], matrix(codes, shape)
         back = layout.unpack(layout.pack(m), shape)
         if name == "hf_bitlinear":  # stores 1 / scale
@@ -67,9 +76,9 @@ def test_bits_per_weight_are_as_declared(name, codes):
     assert packed.nbytes - packed.arrays["weight"].nbytes <= 8  # one scale, and dense's two words
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", CAN_HOLD)
 def test_pack_leaves_its_argument_alone(name):
-    m = matrix(CAN_HOLD[name][0])
+    m = matrix(CAN_HOLD[name][0], (12, columns(name, 40)))
     before = m.codes.copy()
     LAYOUTS[name].pack(m)
     assert np.array_equal(m.codes, before)
@@ -109,6 +118,9 @@ REFUSED = [
     ("hf_autobitlinear", (-1, 0, 1), (6, 8), "multiple of 4, not 6"),
     ("binary_rows", (-1, 0, 1), (8, 8), "codes from -1 to 1"),
     ("binary_rows", (-1, 1), (8, 12), "a row has 12"),
+    ("i2_s_x86", (-1, 0, 1), (8, 192), "blocks of 128 columns, but a row has 192"),
+    ("i2_s_arm", (-1, 0, 1), (8, 32), "blocks of 64 columns, but a row has 32"),
+    ("i2_s_arm", (0, 2), (8, 64), "codes from 0 to 2"),
     ("dense", (-129, 0), (8, 8), "codes from -129 to 0"),
     ("dense", (0, 256), (8, 8), "codes from 0 to 256"),
     ("dense", (-1, 128), (8, 8), "codes from -1 to 128"),
@@ -123,7 +135,7 @@ def test_what_cannot_be_held_is_refused(name, codes, shape, message):
 
 @pytest.mark.parametrize("name", BITS)
 def test_layouts_of_one_scale_refuse_more(name):
-    codes = matrix((-1, 1)).codes
+    codes = matrix((-1, 1), (12, columns(name, 40))).codes
     with pytest.raises(ValueError, match="one scale per matrix"):
         LAYOUTS[name].pack(Unpacked(codes, np.ones((12, 1), np.float32)))
     with pytest.raises(ValueError, match="offset"):
@@ -141,33 +153,34 @@ def test_dense_refuses_scales_and_offsets_that_it_would_change():
             LAYOUTS["dense"].pack(Unpacked(codes, scale, -scale * zero))
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", CAN_HOLD)
 def test_bytes_of_another_shape_are_refused(name):
     layout = LAYOUTS[name]
-    packed = layout.pack(matrix(CAN_HOLD[name][0], (8, 16)))
-    for shape in ((8, 24), (12, 16), (16, 8), (9, 16)):
+    packed = layout.pack(matrix(CAN_HOLD[name][0], (8, columns(name, 16))))
+    for rows, cols in ((8, 24), (12, 16), (16, 8), (9, 16)):
         with pytest.raises(ValueError, match="bytes"):
-            layout.unpack(packed, shape)
+            layout.unpack(packed, (rows, columns(name, cols)))
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", CAN_HOLD)
 def test_odd_files_are_refused(name):
-    layout = LAYOUTS[name]
-    good = layout.pack(matrix(CAN_HOLD[name][0], (8, 16)))
+    layout, shape = LAYOUTS[name], (8, columns(name, 16))
+    good = layout.pack(matrix(CAN_HOLD[name][0], shape))
     without = {k: v for k, v in good.arrays.items() if k != "weight_scale"}
     for arrays in (without, {**good.arrays, "weight_scale": np.ones(3, np.float32)}):
         if name == "dense" and "weight_scale" in arrays:
             arrays["weight_scale"] = np.ones((3, 1), np.float32)
         with pytest.raises(ValueError, match="weight_scale"):
-            layout.unpack(Packed(arrays), (8, 16))
+            layout.unpack(Packed(arrays), shape)
 
 
-@pytest.mark.parametrize("name", ["hf_bitlinear", "hf_autobitlinear"])
+@pytest.mark.parametrize("name", ["hf_bitlinear", "hf_autobitlinear", "i2_s_x86", "i2_s_arm"])
 def test_the_fourth_field_value_is_no_code(name):
-    packed = LAYOUTS[name].pack(matrix((-1, 0, 1), (8, 16)))
+    shape = (8, columns(name, 16))
+    packed = LAYOUTS[name].pack(matrix((-1, 0, 1), shape))
     packed.arrays["weight"][1, 3] |= 0b1100
     with pytest.raises(ValueError, match="code"):
-        LAYOUTS[name].unpack(packed, (8, 16))
+        LAYOUTS[name].unpack(packed, shape)
 
 
 @pytest.mark.parametrize("header", [[0, 0], [9, -1], [-1, 0], [4]])

@@ -20,12 +20,27 @@ class Packed:
 
 
 @dataclass(frozen=True)
+class TwoLevels:
+    """Scales of a k-quant as it stores them: ``scale = d * scales`` and ``offset = -dmin * mins``.
+
+    d and dmin: float16 [rows, blocks]; scales and mins: int16 [rows, groups]. dmin and mins are None where a type has
+    no offset. The float32 scale alone does not say which of the two levels made it.
+    """
+
+    d: np.ndarray
+    scales: np.ndarray
+    dmin: np.ndarray | None = None
+    mins: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
 class Unpacked:
     """codes: int16 [out, in]; scale and offset: float32 [rows, groups], rows and groups 1 where shared."""
 
     codes: np.ndarray
     scale: np.ndarray
     offset: np.ndarray | None = None
+    levels: TwoLevels | None = None
 
 
 class Layout(ABC):

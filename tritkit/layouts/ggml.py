@@ -1,0 +1,127 @@
+"""ggml's block types: a row is a run of blocks, and a block holds the codes of its columns with their scales.
+
+A type says how one block is read and written; rows, scales and checks are the same for all. Layouts and names are
+those of ggml-common.h (FACTS 9.3), names in lower case.
+"""
+
+from abc import abstractmethod
+
+import numpy as np
+
+from .base import Layout, Packed, Unpacked
+
+CHUNK = 1 << 22  # weights that are made floats at once, so that what is made on the way stays small
+
+
+class GgmlBlocks(Layout):
+    """``block`` columns in ``block_bytes``; ``group`` of them share a scale; codes run from ``lo`` to ``hi``."""
+
+    block: int
+    block_bytes: int
+    group: int
+    lo: int
+    hi: int
+    floats: tuple[int, ...]  # where the float16 numbers of a block lie
+
+    def row_bytes(self, cols: int) -> int:
+        """Bytes of a row; ValueError where the columns are no whole blocks."""
+        if cols % self.block:
+            raise ValueError(f"{self.name} has blocks of {self.block} columns, but a row has {cols}")
+        return cols // self.block * self.block_bytes
+
+    def pack(self, matrix: Unpacked) -> Packed:
+        """Bytes of codes and scales as they are given; nothing is rounded."""
+        row_bytes = self.row_bytes(matrix.codes.shape[1])
+        low, high = int(matrix.codes.min(initial=0)), int(matrix.codes.max(initial=0))
+        if low < self.lo or high > self.hi:
+            raise ValueError(
+                f"{self.name} holds codes from {self.lo} to {self.hi}, but the matrix has codes from {low} to {high}"
+            )
+        byte = self._pack_blocks(matrix.codes.reshape(-1, self.block), matrix)
+        return Packed({"weight": byte.reshape(len(matrix.codes), row_bytes)})
+
+    def unpack(self, packed: Packed, shape: tuple[int, int]) -> Unpacked:
+        return self._unpack_blocks(self._blocks(packed, shape), shape)
+
+    def dequantize(self, packed: Packed, shape: tuple[int, int]) -> np.ndarray:
+        """float32 [out, in], the bits that gguf.quants.dequantize gives."""
+        byte = self._stored(packed, shape)
+        values = np.empty(shape, np.float32)
+        step = max(CHUNK // max(shape[1], 1), 1)
+        for start in range(0, shape[0], step):
+            rows = byte[start : start + step]
+            part = self.unpack(Packed({"weight": rows}), (len(rows), shape[1]))
+            y = values[start : start + step].reshape(len(rows), -1, self.group)
+            with np.errstate(invalid="ignore"):  # scales that are not finite are nonfinite's to report
+                np.multiply(part.codes.reshape(y.shape), part.scale[..., None], out=y, dtype=np.float32)
+                if part.offset is not None:
+                    y += part.offset[..., None]
+        return values
+
+    def nonfinite(self, packed: Packed) -> int:
+        """How many blocks have a scale that is not finite, which no quantiser writes."""
+        blocks = self._array(packed, "weight", (-1, -1)).reshape(-1, self.block_bytes)
+        odd = np.zeros(len(blocks), bool)
+        for at in self.floats:
+            odd |= (blocks[:, at + 1] & 0x7C) == 0x7C  # the exponent of a float16 is all ones
+        return int(odd.sum())
+
+    @abstractmethod
+    def _pack_blocks(self, codes: np.ndarray, matrix: Unpacked) -> np.ndarray:
+        """uint8 [blocks, block_bytes] of int16 codes [blocks, block]."""
+
+    @abstractmethod
+    def _unpack_blocks(self, blocks: np.ndarray, shape: tuple[int, int]) -> Unpacked: ...
+
+    def _stored(self, packed: Packed, shape: tuple[int, int]) -> np.ndarray:
+        byte = self._array(packed, "weight", (shape[0], self.row_bytes(shape[1])))
+        if byte.dtype != np.uint8:
+            raise ValueError(f"{self.name} is made of bytes, but weight has dtype {byte.dtype}")
+        return byte
+
+    def _blocks(self, packed: Packed, shape: tuple[int, int]) -> np.ndarray:
+        return self._stored(packed, shape).reshape(-1, self.block_bytes)
+
+    def _float16(self, values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+        """Numbers of the groups of a matrix of that shape as bytes [groups in all, 2]; those shared are repeated."""
+        groups = shape[1] // self.group
+        rows, given = values.shape
+        if rows not in (1, shape[0]) or groups % given:
+            raise ValueError(
+                f"{self.name} has a scale for {self.group} columns; {values.shape} do not share out {shape}"
+            )
+        with np.errstate(over="ignore"):
+            half = values.astype("<f2")
+        if not np.array_equal(half.astype(np.float32), values, equal_nan=True):
+            raise ValueError(f"{self.name} holds scales as float16, but these are no float16 values")
+        spread = np.broadcast_to(np.repeat(half, groups // given, axis=1), (shape[0], groups))
+        return np.ascontiguousarray(spread).reshape(-1, 1).view(np.uint8)
+
+
+def float32(half: np.ndarray) -> np.ndarray:
+    """Bytes [n, 2] of float16 numbers as float32 [n, 1]."""
+    return np.ascontiguousarray(half).view("<f2").astype(np.float32)
+
+
+def finite_float32(w: np.ndarray, name: str) -> np.ndarray:
+    """The weights that a quantiser takes, or ValueError."""
+    w = np.ascontiguousarray(w, np.float32)
+    if not np.isfinite(w).all():
+        raise ValueError(f"{name} holds finite weights, but {int((~np.isfinite(w)).sum())} of these are not")
+    return w
+
+
+def reciprocal(d: np.ndarray) -> np.ndarray:
+    """1 / d, and 0 where that is no number, as ggml has it for blocks of zeros."""
+    with np.errstate(divide="ignore", over="ignore"):
+        inverse = 1 / d
+    return np.where(np.isfinite(inverse), inverse, np.float32(0))
+
+
+def half_bytes(d: np.ndarray, name: str) -> np.ndarray:
+    """float32 scales [n, 1] rounded to float16, as bytes [n, 2]; ValueError where they do not fit."""
+    with np.errstate(over="ignore"):
+        half = d.astype("<f2")
+    if np.isinf(half).any():
+        raise ValueError(f"{name} holds scales as float16, at most 65504, but these weights want {abs(d).max():.6g}")
+    return half.view(np.uint8)
