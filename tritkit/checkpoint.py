@@ -262,6 +262,12 @@ def _tensor_files(path: Path) -> Mapping[str, StoredTensor]:
         return TensorFile(single)
     index = path / "model.safetensors.index.json"
     if not index.is_file():
+        pickles = [*path.glob("pytorch_model*.bin"), *path.glob("*.pth")]
+        if pickles:
+            raise ValueError(
+                f"{path} has {pickles[0].name}, a pickle, which could run any code when it is read, and no "
+                "model.safetensors; tritkit reads only that"
+            )
         raise ValueError(f"{path} is no model folder: it has no model.safetensors")
     names = read_json(index).get("weight_map", {})
     files = {file: TensorFile(path / Path(file).name) for file in sorted(set(names.values()))}
@@ -274,14 +280,15 @@ def write_folder(
     tensors: Mapping[str, StoredTensor | LazyTensor],
     tokenizer: Tokenizer,
     layouts: Mapping[str, str],
+    advance: Callable[[], None] = lambda: None,
 ) -> None:
     """Write config, weights, tokenizer and generation config into ``folder``, each file atomically, weights first.
 
-    layouts: of the matrices whose tensors are codes.
+    layouts: of the matrices whose tensors are codes. ``advance`` is called after each tensor.
     """
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    write_tensors(path / "model.safetensors", tensors, {})
+    write_tensors(path / "model.safetensors", tensors, {}, advance)
     tokenizer.save(path)
     special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     with atomic_open(path / "generation_config.json") as file:

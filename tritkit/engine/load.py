@@ -7,7 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..checkpoint import ModelFolder, linear_names, linear_shape, open_folder
+from ..checkpoint import EMBEDDING, HEAD, ModelFolder, linear_names, linear_shape
+from ..gguf_model import one_scale
+from ..layouts import GGML
+from ..models.config import ModelConfig
+from ..sources import open_model
 from ..tensorfile import StoredTensor
 from ..tokenizer import Tokenizer
 from . import Engine
@@ -46,14 +50,14 @@ def load(
     kv_bits: int | None = None,
     head: str | None = None,
 ) -> Model:
-    """Open a model folder (none: the bundled model) with the ``native`` or the ``torch`` engine.
+    """Open a model folder or a GGUF file (none: the bundled model) with the ``native`` or the ``torch`` engine.
 
     threads: 0 uses all usable cores. kv_bits: width of the cached keys and values, 32, 16, 8, 4 or 3; none: 16 with the
     native engine, 32 with torch, which has no other. head: form of the output head, float, int8, int6, int4 or screen;
     none: int8 where it is large, with the native engine, else float. ValueError where the folder is no model, the
     tokenizer does not fit it, or the engine cannot run it.
     """
-    opened = open_folder(folder if folder is not None else bundled_folder())
+    opened = open_model(folder if folder is not None else bundled_folder())
     tokenizer = opened.tokenizer()
     if engine == "native":
         from .native import NativeEngine
@@ -88,7 +92,10 @@ def decoder_weights(folder: ModelFolder) -> DecoderWeights:
         sub_norms=c.sub_norms,
         context_length=c.max_position_embeddings,
     )
-    linears = _latent_linears(folder) if c.weights and not folder.is_packed else _stored_linears(folder)
+    if c.weights and not folder.is_packed:
+        linears = _latent_linears(folder)
+    else:
+        linears = {name: _matrix(folder, name, linear_shape(c, name)) for name in linear_names(c)}
     layers = []
     for i in range(c.num_hidden_layers):
         at = f"model.layers.{i}."
@@ -104,15 +111,22 @@ def decoder_weights(folder: ModelFolder) -> DecoderWeights:
     table = (c.vocab_size, c.hidden_size)
     return DecoderWeights(
         shape=shape,
-        embedding=_float_linear(folder.tensors["model.embed_tokens.weight"], table, "model.embed_tokens"),
+        embedding=_matrix(folder, EMBEDDING, table),
         layers=layers,
         final_norm=_norm(folder, "model.norm"),
-        head=None if c.tie_word_embeddings else _float_linear(folder.tensors["lm_head.weight"], table, "lm_head"),
+        head=None if c.tie_word_embeddings else _matrix(folder, HEAD, table),
     )
 
 
 def _norm(folder: ModelFolder, name: str) -> np.ndarray:
     return np.ascontiguousarray(folder.tensors[f"{name}.weight"].float32())
+
+
+def _matrix(folder: ModelFolder, name: str, shape: tuple[int, int]) -> LinearWeights:
+    """A matrix as the engine takes it: floats, or codes in the layout that they are stored in."""
+    if name not in folder.layouts:
+        return _float_linear(folder.tensors[f"{name}.weight"], shape, name)
+    return _packed_linear(name, folder.layouts[name], folder.packed(name).arrays, shape, folder.config)
 
 
 def _float_linear(tensor: StoredTensor, shape: tuple[int, int], name: str) -> LinearWeights:
@@ -122,33 +136,28 @@ def _float_linear(tensor: StoredTensor, shape: tuple[int, int], name: str) -> Li
     return LinearWeights(FLOAT_LAYOUTS[tensor.dtype], raw, *shape)
 
 
-def _stored_linears(folder: ModelFolder) -> dict[str, LinearWeights]:
-    found = {}
-    for name in linear_names(folder.config):
-        shape = linear_shape(folder.config, name)
-        if name not in folder.layouts:
-            found[name] = _float_linear(folder.tensors[f"{name}.weight"], shape, name)
-        else:
-            arrays = folder.packed(name).arrays
-            found[name] = _packed_linear(folder.layouts[name], arrays, shape, folder.config.activations)
-    return found
-
-
 def _latent_linears(folder: ModelFolder) -> dict[str, LinearWeights]:
     """Latent weights rounded as training rounds them. The one native path that imports torch: formats live there."""
     from ..pack import pack_linears
 
     packed, layout = pack_linears(folder)
-    return {
-        name: _packed_linear(layout, p.arrays, linear_shape(folder.config, name), folder.config.activations)
-        for name, p in packed.items()
-    }
+    c = folder.config
+    return {name: _packed_linear(name, layout, p.arrays, linear_shape(c, name), c) for name, p in packed.items()}
 
 
 def _packed_linear(
-    layout: str, arrays: dict[str, np.ndarray], shape: tuple[int, int], activations: str | None
+    name: str, layout: str, arrays: dict[str, np.ndarray], shape: tuple[int, int], config: ModelConfig
 ) -> LinearWeights:
-    scale = np.float32(arrays["weight_scale"].reshape(-1)[0])
+    """Codes. ggml's blocks have their scales inside, and run on activations in groups of 32, as in llama.cpp, unless
+    the model is a ternary one, whose matrices have one scale and whose activations have one a token."""
+    if layout in GGML:
+        if config.weights is None or name in (EMBEDDING, HEAD):
+            return LinearWeights(layout, arrays["weight"], *shape, activations="a8_g32")
+        scale = one_scale(layout, arrays["weight"])
+        if scale is None:
+            raise ValueError(f"{name} should be {config.weights} with one scale, but its blocks have several")
+        return LinearWeights(layout, arrays["weight"], *shape, scale=scale, activations=config.activations)
+    factor = np.float32(arrays["weight_scale"].reshape(-1)[0])
     if layout == "hf_bitlinear":  # this one divides; the engine multiplies
-        scale = np.float32(1) / scale
-    return LinearWeights(layout, arrays["weight"], *shape, scale=float(scale), activations=activations)
+        factor = np.float32(1) / factor
+    return LinearWeights(layout, arrays["weight"], *shape, scale=float(factor), activations=config.activations)

@@ -1,0 +1,372 @@
+"""A GGUF file as a model: its metadata as Hugging Face's config, its tensors under Hugging Face's names.
+
+llama.cpp turns pairs of neighbouring values in its architecture "llama" where Hugging Face turns a value and the one half
+a head away, so there the rows of q and k lie in another order (FACTS 9.7). Rows are re-ordered here as they are read.
+Whatever a file has that would change the result and is not understood is refused by its name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .checkpoint import OWN, ModelFolder, linear_names, quantization_config, require_complete
+from .gguf import GGUFFile, GGUFTensor
+from .layouts import LAYOUTS
+from .models.config import ModelConfig, config_from_hf
+from .tensorfile import StoredTensor
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What one of llama.cpp's architectures is here. pairs: whether q and k rows are ordered for neighbouring pairs."""
+
+    family: str
+    hidden_act: str
+    pairs: bool = False
+
+
+ARCHITECTURES = {
+    "llama": Architecture("llama", "silu", pairs=True),
+    "qwen2": Architecture("qwen2", "silu"),
+    "qwen3": Architecture("qwen3", "silu"),
+    "bitnet": Architecture("bitnet", "silu"),  # llama.cpp's: the models of 1bitLLM
+    "bitnet-b1.58": Architecture("bitnet", "relu2"),  # bitnet.cpp's and ik_llama.cpp's: BitNet-b1.58-2B-4T
+    "bitnet-25": Architecture("bitnet", "relu2"),  # an older name of the same
+}
+
+# Names of tensors: ggml's within a layer, Hugging Face's within a layer.
+IN_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_sub_norm": "self_attn.attn_sub_norm",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_sub_norm": "mlp.ffn_sub_norm",
+    "ffn_down": "mlp.down_proj",
+}
+OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+ROPE_FACTORS = "rope_freqs.weight"  # what llama3's rotary scaling divides each frequency by
+FLOAT_TYPES = {"f32": ("F32", np.float32), "f16": ("F16", np.float16), "bf16": ("BF16", np.uint16)}
+# Keys of an architecture that change the result where they are not as here; 0 and absent are always good.
+NEUTRAL = {
+    "expert_count": 0,
+    "attention.causal": True,
+    "attention.max_alibi_bias": 0,
+    "attention.clamp_kqv": 0,
+    "attention.logit_softcapping": 0,
+    "attention.scale": 0,
+    "final_logit_softcapping": 0,
+    "logit_scale": 0,
+    "residual_scale": 0,
+    "embedding_scale": 0,
+    "use_parallel_residual": False,
+    "rope.scale_linear": 1,
+}
+
+
+def hf_name(name: str) -> str | None:
+    """Hugging Face's name of one of ggml's tensors, with its end (.weight, .bias); None where there is none."""
+    stem, _, end = name.rpartition(".")
+    if stem in OUTSIDE:
+        return f"{OUTSIDE[stem]}.{end}"
+    block, _, inner = stem.partition(".")
+    number, _, inner = inner.partition(".")
+    if block == "blk" and number.isdigit() and inner in IN_LAYER:
+        return f"model.layers.{int(number)}.{IN_LAYER[inner]}.{end}"
+    return None
+
+
+def ggml_name(name: str) -> str:
+    """The other way."""
+    for table, prefix in ((OUTSIDE, ""), (IN_LAYER, "model.layers.")):
+        for theirs, ours in table.items():
+            if not prefix and name.startswith(f"{ours}."):
+                return theirs + name.removeprefix(ours)
+            number, _, rest = name.removeprefix(prefix).partition(".")
+            if prefix and name.startswith(prefix) and rest.startswith(f"{ours}."):
+                return f"blk.{number}.{theirs}{rest.removeprefix(ours)}"
+    raise ValueError(f"GGUF has no name for the tensor {name}")
+
+
+def pairs_to_halves(rows: int, heads: int) -> np.ndarray:
+    """Where each row of Hugging Face's q or k lies in llama.cpp's: int64 [rows]."""
+    return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(-1)
+
+
+def halves_to_pairs(rows: int, heads: int) -> np.ndarray:
+    """The other way: where each row of llama.cpp's q or k lies in Hugging Face's."""
+    return np.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).reshape(-1)
+
+
+class _Tensors(Mapping[str, StoredTensor]):
+    """The tensors of a GGUF file under Hugging Face's names; codes as uint8 [rows, bytes of a row]."""
+
+    def __init__(self, file: GGUFFile, orders: dict[str, int]):
+        self.file, self.orders = file, orders
+        self.names: dict[str, str] = {}
+        for name in file:
+            ours = hf_name(name)
+            if ours is not None:
+                self.names[ours] = name
+            elif name != ROPE_FACTORS:
+                raise ValueError(f"{file.path} has the tensor {name!r}, which tritkit does not know how to use")
+
+    def __getitem__(self, name: str) -> StoredTensor:
+        stem, _, end = name.rpartition(".")
+        if end == "weight_scale" and f"{stem}.weight" in self.names:  # I2_S keeps it behind the codes
+            tensor = self.file[self.names[f"{stem}.weight"]]
+            codes = math.prod(tensor.shape) // 4
+            return StoredTensor("F32", tensor.data[codes : codes + 4].view(np.float32))
+        if name not in self.names:
+            raise ValueError(f"{self.file.path} has no tensor {name!r}")
+        tensor = self.file[self.names[name]]
+        dtype, array = _array(tensor)
+        heads = self.orders.get(stem.rpartition(".")[2])
+        return StoredTensor(dtype, array if heads is None else array[pairs_to_halves(len(array), heads)])
+
+    def __contains__(self, name: object) -> bool:
+        stem, _, end = str(name).rpartition(".")
+        if end == "weight_scale":
+            return f"{stem}.weight" in self.names and self.file.type_of(self.names[f"{stem}.weight"]) == "i2_s"
+        return name in self.names
+
+    def __iter__(self) -> Iterator[str]:
+        for name in self.names:
+            yield name
+            scale = name.removesuffix("weight") + "weight_scale"
+            if name.endswith(".weight") and scale in self:
+                yield scale
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def _array(tensor: GGUFTensor) -> tuple[str, np.ndarray]:
+    if tensor.type in FLOAT_TYPES:
+        dtype, kind = FLOAT_TYPES[tensor.type]
+        return dtype, tensor.data.view(kind).reshape(tensor.shape)
+    if tensor.type == "i2_s":
+        return "U8", tensor.data[: math.prod(tensor.shape) // 4].reshape(tensor.shape[0], -1)
+    return "U8", tensor.data.reshape(tensor.shape[0], -1)
+
+
+def open_gguf(path: Path | str, i2_s: str | None = None) -> ModelFolder:
+    """A GGUF file as a model; ValueError says what it has that tritkit cannot run.
+
+    i2_s: the layout of I2_S codes, "x86" or "arm", where the file's content does not tell.
+    """
+    file = GGUFFile(path)
+    hf = config_of(file)
+    name = str(file.metadata.get("general.architecture"))
+    base = config_from_hf(hf, None, None)
+    heads = {"q_proj": base.num_attention_heads, "k_proj": base.num_key_value_heads}
+    tensors = _Tensors(file, heads if ARCHITECTURES[name].pairs else {})
+    layouts = {}
+    for ours, theirs in tensors.names.items():
+        kind = file.type_of(theirs)
+        if kind in FLOAT_TYPES:
+            continue
+        if len(file.shape_of(theirs)) != 2 or not ours.endswith(".weight"):
+            raise ValueError(f"{path}: the tensor {theirs!r} is {kind} {file.shape_of(theirs)}, expected floats")
+        layouts[ours.removesuffix(".weight")] = _layout_of(file, theirs, i2_s)
+    weights = _weights_of(base, tensors, layouts)
+    config = config_from_hf(hf, weights, None if weights is None else "a8")
+    q = quantization_config(config, layouts)
+    if q is not None:
+        hf = {**hf, "quantization_config": q}
+        if q["quant_method"] == "tritkit":
+            hf |= {"model_type": OWN + config.family, "architectures": ["TritkitForCausalLM"]}
+    opened = ModelFolder(Path(path), config, hf, layouts, tensors, "gguf", lambda: _tokenizer(file))
+    require_complete(opened)
+    return opened
+
+
+def _tokenizer(file: GGUFFile):
+    from .gguf_tokenizer import tokenizer_from_gguf
+
+    try:
+        return tokenizer_from_gguf(file.plain_metadata("tokenizer."))
+    except ValueError as error:
+        raise ValueError(f"{file.path}: {error}") from None
+
+
+def _layout_of(file: GGUFFile, name: str, i2_s: str | None) -> str:
+    kind = file.type_of(name)
+    if kind == "i2_s":
+        return f"i2_s_{i2_s or _i2_s_order(file)}"
+    if kind not in LAYOUTS:
+        known = sorted(set(LAYOUTS) & {"q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "tq1_0", "tq2_0"} | set(FLOAT_TYPES))
+        raise ValueError(
+            f"{file.path}: the tensor {name!r} has the type {kind.upper()}, which tritkit does not run; it runs "
+            f"{', '.join(k.upper() for k in known)}, Q2_K to Q6_K and I2_S"
+        )
+    return kind
+
+
+def _weights_of(config: ModelConfig, tensors: _Tensors, layouts: Mapping[str, str]) -> str | None:
+    """ "ternary" where every linear of the layers is that, with one scale; else None: formats of weights alone."""
+    linears = linear_names(config)
+    if not all(layouts.get(name, "").startswith(("tq", "i2_s")) for name in linears):
+        return None
+    return "ternary" if all(one_scale(layouts[n], tensors[f"{n}.weight"].array) is not None for n in linears) else None
+
+
+def one_scale(layout: str, blocks: np.ndarray) -> float | None:
+    """The scale that all blocks of a TQ matrix share, blocks without weights aside; None where they differ.
+
+    blocks: uint8 [rows, bytes of a row]. I2_S has one scale by itself, which is not in the blocks: 1.
+    """
+    if not layout.startswith("tq"):
+        return 1.0
+    size = LAYOUTS[layout].block_bytes
+    scales = blocks.reshape(-1, size)[:, -2:].copy().view(np.float16)
+    scales = scales[scales != 0]
+    if not len(scales):
+        return 0.0
+    return float(scales[0]) if (scales == scales[0]).all() else None
+
+
+def config_of(file: GGUFFile) -> dict[str, Any]:
+    """The metadata as Hugging Face's config.json would say it."""
+    name = file.metadata.get("general.architecture")
+    if name not in ARCHITECTURES:
+        raise ValueError(f"{file.path} has the architecture {name!r}; tritkit runs {', '.join(ARCHITECTURES)}")
+    architecture = ARCHITECTURES[name]
+    meta = _Keys(file, name)
+    for key, neutral in NEUTRAL.items():
+        found = meta.get(key)
+        if found not in (None, 0, neutral):
+            raise ValueError(f"{file.path} has {name}.{key} = {found}, which tritkit does not run")
+    hidden, heads = meta.count("embedding_length"), meta.count("attention.head_count")
+    head_dim = meta.count("attention.key_length", hidden // max(heads, 1))
+    context = meta.count("context_length")
+    for key, wanted in (("attention.value_length", head_dim), ("rope.dimension_count", head_dim)):
+        if meta.count(key, wanted) != wanted:
+            raise ValueError(f"{file.path} has {name}.{key} = {meta.get(key)}, but its heads have {head_dim} values")
+    vocabulary = file.shape_of("token_embd.weight") if "token_embd.weight" in file else ()
+    if len(vocabulary) != 2:
+        raise ValueError(f"{file.path} has no matrix token_embd.weight: it holds no whole model")
+    base = meta.number("rope.freq_base", 10000.0)
+    return {
+        "model_type": architecture.family,
+        "hidden_act": architecture.hidden_act,
+        "vocab_size": vocabulary[0],
+        "hidden_size": hidden,
+        "intermediate_size": meta.count("feed_forward_length"),
+        "num_hidden_layers": meta.count("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": meta.count("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": context,
+        "rms_norm_eps": meta.number("attention.layer_norm_rms_epsilon"),
+        "rope_theta": base,
+        "rope_parameters": {"rope_theta": base, **_rope_scaling(meta, file, base, head_dim, context)},
+        "tie_word_embeddings": "output.weight" not in file,
+        "sliding_window": meta.get("attention.sliding_window") or None,
+        "attention_bias": architecture.family == "llama" and "blk.0.attn_q.bias" in file,
+        "mlp_bias": architecture.family == "llama" and "blk.0.ffn_up.bias" in file,
+    }
+
+
+class _Keys:
+    """The keys of an architecture, each of the kind that it must be."""
+
+    def __init__(self, file: GGUFFile, architecture: str):
+        self.file, self.architecture = file, architecture
+
+    def get(self, key: str) -> Any:
+        value = self.file.metadata.get(f"{self.architecture}.{key}")
+        if isinstance(value, np.ndarray):  # one for each layer: good where they are the same
+            if not len(value) or (value != value[0]).any():
+                raise ValueError(f"{self.file.path} has another {self.architecture}.{key} in each layer")
+            return value[0].item()
+        return value
+
+    def count(self, key: str, default: int | None = None) -> int:
+        value = self.get(key)
+        value = default if value is None else value
+        if type(value) is not int or value < 0:
+            raise ValueError(f"{self.file.path} has {self.architecture}.{key} = {value!r}, expected a number")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self.get(key)
+        value = default if value is None else value
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ValueError(f"{self.file.path} has {self.architecture}.{key} = {value!r}, expected a number")
+        return shortest(float(value))
+
+
+def shortest(value: float) -> float:
+    """The decimal number that a float32 was written from: 1e-5, not 9.99999975e-06."""
+    return float(str(np.float32(value)))
+
+
+def _rope_scaling(meta: _Keys, file: GGUFFile, base: float, head_dim: int, context: int) -> dict[str, Any]:
+    """Rotary scaling in Hugging Face's words."""
+    kind = meta.get("rope.scaling.type") or "none"
+    factor = meta.number("rope.scaling.factor", 1.0) or 1.0
+    if ROPE_FACTORS in file:
+        if kind not in ("none", "linear") or factor != 1:
+            raise ValueError(f"{file.path} has both {ROPE_FACTORS} and rotary scaling {kind!r}")
+        return llama3_scaling(_array(file[ROPE_FACTORS])[1].astype(np.float64), base, head_dim, file.path)
+    if kind == "none" or (kind == "linear" and factor == 1):
+        return {"rope_type": "default"}
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": factor}
+    if kind != "yarn":
+        raise ValueError(f"{file.path} has rotary scaling {kind!r}; tritkit runs linear, llama3 and yarn")
+    found: dict[str, Any] = {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": meta.count("rope.scaling.original_context_length", context),
+    }
+    for theirs, ours in (("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")):
+        if meta.get(f"rope.scaling.{theirs}") is not None:
+            found[ours] = meta.number(f"rope.scaling.{theirs}")
+    if meta.number("rope.scaling.yarn_ext_factor", 1.0) != 1:
+        raise ValueError(f"{file.path} has a yarn_ext_factor, which tritkit does not run")
+    attention = meta.number("rope.scaling.attn_factor", 1.0)  # times what yarn prescribes
+    if attention != 1 or meta.number("rope.scaling.yarn_log_multiplier", 0.0) not in (0.0,):
+        found["attention_factor"] = attention * (0.1 * math.log(factor) + 1)
+        if meta.number("rope.scaling.yarn_log_multiplier", 0.0):
+            raise ValueError(f"{file.path} has a yarn_log_multiplier, which tritkit does not run")
+    return found
+
+
+def llama3_scaling(factors: np.ndarray, base: float, head_dim: int, path: Path) -> dict[str, Any]:
+    """llama3's four parameters from what they make of the frequencies; ValueError where no such parameters do."""
+    if factors.shape != (head_dim // 2,) or not (np.isfinite(factors) & (factors > 0)).all():
+        raise ValueError(f"{path}: {ROPE_FACTORS} has {factors.shape} values, expected {head_dim // 2} above zero")
+    if (factors == 1).all():
+        return {"rope_type": "default"}
+    factor = float(round(factors.max(), 4))
+    for low, high, original in ((1, 4, 8192), *((1, h, 1 << n) for h in (4, 2, 8, 16) for n in range(9, 21))):
+        if np.allclose(llama3_factors(factor, low, high, original, base, head_dim), factors, rtol=1e-4):
+            return {
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": float(low),
+                "high_freq_factor": float(high),
+                "original_max_position_embeddings": original,
+            }
+    raise ValueError(f"{path}: {ROPE_FACTORS} is not what llama3's rotary scaling makes of any usual parameters")
+
+
+def llama3_factors(factor: float, low: float, high: float, original: int, base: float, head_dim: int) -> np.ndarray:
+    """What llama3's scaling divides each frequency by: float64 [head_dim / 2]."""
+    wavelength = 2 * math.pi * base ** (np.arange(0, head_dim, 2) / head_dim)
+    smooth = np.clip((original / wavelength - low) / (high - low), 0, 1)
+    return 1 / ((1 - smooth) / factor + smooth)
