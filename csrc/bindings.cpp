@@ -191,8 +191,8 @@ const void* checked_floats(const Array& a, const char* name, std::initializer_li
 
 /// The arrays stay the caller's.
 GroupArrays group_arrays(const Array& codes, int bits, int group, const Array& scales, const OptionalArray& d,
-                             const OptionalArray& zeros, const OptionalArray& offsets, const OptionalArray& mins,
-                             const OptionalArray& dmin, const OptionalArray& table) {
+                         const OptionalArray& zeros, const OptionalArray& offsets, const OptionalArray& mins,
+                         const OptionalArray& dmin, const OptionalArray& table) {
     GroupArrays s{};
     s.codes = checked<uint8_t>(codes, "codes", 2);
     s.rows = static_cast<int>(codes.shape(0));

@@ -51,9 +51,7 @@ GroupLayout layout_of(const GroupArrays& s) {
     return layout;
 }
 
-int bias_bits_of(const GroupArrays& s) {
-    return s.table ? 7 : s.offset_form == GroupOffsets::kNone ? s.bits - 1 : -1;
-}
+int bias_bits_of(const GroupArrays& s) { return s.table ? 7 : s.offset_form == GroupOffsets::kNone ? s.bits - 1 : -1; }
 
 /// Entry `column` of the rows of a tile, [rows, columns] elements of so many bytes, one behind the other.
 uint8_t* gather_column(const void* values, int element, const GroupArrays& s, int columns, int tile, int column,

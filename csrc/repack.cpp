@@ -10,7 +10,7 @@
 namespace tritkit {
 namespace {
 
-constexpr int kGroupColumns = 4;    // columns of a group of codes
+constexpr int kGroupColumns = 4;  // columns of a group of codes
 // The codes of a panel stay in the first cache: so many columns of four tiles, or four times as many of one tile. Both
 // are a multiple of the columns of every block that they meet.
 constexpr int kPanelColumns = 320;
@@ -92,7 +92,8 @@ bool unpack_binary_rows(const SourcePart& p, uint8_t* codes) {
     return true;
 }
 
-// --- Blocks of ternary codes, uint8 [rows, blocks of a row] (ggml_blocks.h), all with the scale of the matrix or, where
+// --- Blocks of ternary codes, uint8 [rows, blocks of a row] (ggml_blocks.h), all with the scale of the matrix or,
+// where
 //     nothing but zeros is in them, with none.
 
 bool unpack_ternary_blocks(const SourcePart& p, uint8_t* codes) {
