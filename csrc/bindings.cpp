@@ -102,6 +102,10 @@ Stored stored(const std::string& layout, const Array& data, int rows, int column
     const SourceLayout& source = source_layout(layout);
     if (rows < 1 || columns < 1) throw nb::value_error("rows and columns must be positive");
     if (!is_contiguous(data)) throw nb::value_error("data must be C-contiguous");
+    if (!source.padded && columns % source.block_columns)
+        throw nb::value_error((layout + " has blocks of " + std::to_string(source.block_columns) +
+                               " columns, which does not divide " + std::to_string(columns))
+                                  .c_str());
     if (static_cast<int64_t>(data.nbytes()) != source.source_bytes(rows, columns))
         throw nb::value_error(("data has " + std::to_string(data.nbytes()) + " bytes, expected " +
                                std::to_string(source.source_bytes(rows, columns)) + " for " + layout + " [" +
@@ -110,8 +114,9 @@ Stored stored(const std::string& layout, const Array& data, int rows, int column
     return {source, bytes_of(data), rows, columns, mapped};
 }
 
-int64_t runtime_bytes(const Runner& runner, const std::string& layout, const Array& data, int rows, int columns) {
-    return needed_bytes(stored(layout, data, rows, columns, false), runner.ternary);
+int64_t runtime_bytes(const Runner& runner, const std::string& layout, const Array& data, int rows, int columns,
+                      const std::optional<std::string>& activations) {
+    return needed_bytes(stored(layout, data, rows, columns, false), runner.ternary, activations.value_or(""));
 }
 
 std::shared_ptr<Linear> new_linear(Runner& runner, const std::string& layout, const Array& data, int rows, int columns,
@@ -151,9 +156,15 @@ std::shared_ptr<Head> quantized_head(Runner& runner, std::shared_ptr<RowTable> r
 
 std::shared_ptr<RowTable> new_row_table(const std::string& layout, const Array& data, int rows, int columns,
                                         float scale, bool drop_pages) {
-    const Stored source = stored(layout, data, rows, columns, false);
-    if (!is_float(source.layout.runtime)) throw nb::value_error("a table of rows must have a float layout");
-    return std::make_shared<RowTable>(source.layout.runtime, source.bytes, rows, columns, scale, drop_pages);
+    return std::make_shared<RowTable>(stored(layout, data, rows, columns, drop_pages), scale);
+}
+
+nb::object row_of(const RowTable& table, int r) {
+    if (r < 0 || r >= table.rows()) throw nb::value_error("there is no such row");
+    float* row = nullptr;
+    nb::object array = new_array(row, {static_cast<size_t>(table.columns())});
+    table.copy_row(r, row);
+    return array;
 }
 
 Norm norm(const std::optional<Array>& a, const char* name, int size) {
@@ -179,10 +190,10 @@ const void* checked_floats(const Array& a, const char* name, std::initializer_li
 }
 
 /// The arrays stay the caller's.
-GroupedSource grouped_source(const Array& codes, int bits, int group, const Array& scales, const OptionalArray& d,
-                             const OptionalArray& zeros, const OptionalArray& offsets, const OptionalArray& mins,
-                             const OptionalArray& dmin, const OptionalArray& table) {
-    GroupedSource s{};
+GroupArrays group_arrays(const Array& codes, int bits, int group, const Array& scales, const OptionalArray& d,
+                         const OptionalArray& zeros, const OptionalArray& offsets, const OptionalArray& mins,
+                         const OptionalArray& dmin, const OptionalArray& table) {
+    GroupArrays s{};
     s.codes = checked<uint8_t>(codes, "codes", 2);
     s.rows = static_cast<int>(codes.shape(0));
     s.columns = static_cast<int>(codes.shape(1));
@@ -223,8 +234,8 @@ GroupedSource grouped_source(const Array& codes, int bits, int group, const Arra
 int64_t grouped_bytes(const Array& codes, int bits, int group, const Array& scales, const OptionalArray& d,
                       const OptionalArray& zeros, const OptionalArray& offsets, const OptionalArray& mins,
                       const OptionalArray& dmin, const OptionalArray& table) {
-    return GroupedLinear::needed_bytes(
-        grouped_source(codes, bits, group, scales, d, zeros, offsets, mins, dmin, table));
+    const ArraySource source(group_arrays(codes, bits, group, scales, d, zeros, offsets, mins, dmin, table));
+    return GroupedLinear::needed_bytes(source.rows(), source.layout());
 }
 
 std::shared_ptr<GroupedLinear> new_grouped(Runner& runner, const Array& codes, int bits, int group, const Array& scales,
@@ -232,8 +243,8 @@ std::shared_ptr<GroupedLinear> new_grouped(Runner& runner, const Array& codes, i
                                            const OptionalArray& offsets, const OptionalArray& mins,
                                            const OptionalArray& dmin, const OptionalArray& table, float scale,
                                            const OptionalArray& bias) {
-    const GroupedSource source = grouped_source(codes, bits, group, scales, d, zeros, offsets, mins, dmin, table);
-    const float* bias_data = bias ? checked<float>(*bias, "bias", {source.rows}) : nullptr;
+    const ArraySource source(group_arrays(codes, bits, group, scales, d, zeros, offsets, mins, dmin, table));
+    const float* bias_data = bias ? checked<float>(*bias, "bias", {source.rows()}) : nullptr;
     nb::gil_scoped_release release;
     return std::make_shared<GroupedLinear>(source, scale, bias_data, runner.pool, runner.arena, runner.kernels);
 }
@@ -468,7 +479,7 @@ NB_MODULE(_native, m) {
     m.def("default_isa", &default_isa, "TRITKIT_ISA, or the fastest available one.");
     m.def("usable_cores", &usable_cores, "Cores that this process may run on.");
     m.def("runtime_bytes", &runtime_bytes, "runner"_a, "layout"_a, "data"_a, "rows"_a, "cols"_a,
-          "Bytes that a Linear would allocate.");
+          "activations"_a.none() = nb::none(), "Bytes that a Linear would allocate.");
     m.def("integer_product", &integer_product, "layout"_a, "data"_a, "rows"_a, "cols"_a, "x"_a, "isa"_a = "",
           "Exact int32 [tokens, rows] product of packed weights and int8 x [tokens, cols].");
     m.def("quantize", &quantize, "x"_a, "activations"_a, "isa"_a = "", "int8 codes and float32 scales of each row.");
@@ -510,8 +521,9 @@ NB_MODULE(_native, m) {
           "zeros"_a = nb::none(), "offsets"_a = nb::none(), "mins"_a = nb::none(), "dmin"_a = nb::none(),
           "table"_a = nb::none(), "Bytes that a GroupedLinear would allocate at most.");
 
-    nb::class_<RowTable>(m, "RowTable", "Rows of floats, looked up where they lie.")
-        .def(nb::new_(&new_row_table), "layout"_a, "data"_a, "rows"_a, "cols"_a, "scale"_a, "drop_pages"_a = false);
+    nb::class_<RowTable>(m, "RowTable", "Rows of floats or of blocks, looked up where they lie.")
+        .def(nb::new_(&new_row_table), "layout"_a, "data"_a, "rows"_a, "cols"_a, "scale"_a, "drop_pages"_a = false)
+        .def("row", &row_of, "r"_a, "float32 [columns].");
 
     nb::class_<Head>(m, "Head", "The output head.")
         .def(nb::new_([](std::shared_ptr<Linear> linear) { return std::make_shared<Head>(std::move(linear)); }),

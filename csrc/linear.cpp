@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "floats.h"
+#include "grouped.h"
 
 namespace tritkit {
 namespace {
@@ -102,7 +103,7 @@ TileLinear::TileLinear(const Stored& source, Runtime runtime, float scale, const
         throw std::invalid_argument("there are " + std::to_string(columns_) + " columns, more than the " +
                                     std::to_string(kMaxColumns) + " whose products are sure to fit 32 bits");
     planes_.push_back(
-        {tile_layout(runtime), runtime == Runtime::kBinary ? 1 : 0, repack(source, runtime, pool, arena)});
+        {tile_layout(runtime), runtime == Runtime::kBinary ? 1 : 0, repack(source, runtime, scale, pool, arena)});
 }
 
 TileLinear::TileLinear(RowIntegers codes, const Kernels& kernels)
@@ -185,7 +186,7 @@ FloatLinear::FloatLinear(const Stored& source, float scale, const float* bias, P
       scale_(scale),
       weights_(runs_in_place(source.layout, source.bytes.data(), source.columns)
                    ? source.bytes
-                   : repack(source, source.layout.runtime, pool, arena)),
+                   : repack(source, source.layout.runtime, 1.0f, pool, arena)),
       kernels_(&kernels) {}
 
 std::string FloatLinear::layout() const {
@@ -231,10 +232,21 @@ Runtime runtime_of(const Stored& source, Runtime ternary) {
     return source.layout.runtime == Runtime::kTernary ? ternary : source.layout.runtime;
 }
 
+/// Whether blocks run as such; the ternary ones may also run as a matrix with one scale.
+bool runs_in_groups(const SourceLayout& layout, const std::string& activations) {
+    const bool groups = activations == "a8_g32" && layout.blocks;
+    if (layout.runtime == Runtime::kGroups && !groups)
+        throw std::invalid_argument("activations is " + (activations.empty() ? "None" : "'" + activations + "'") +
+                                    " for layout " + layout.name + ", expected a8_g32");
+    return groups;
+}
+
 }  // namespace
 
 std::shared_ptr<Linear> make_linear(const Stored& source, Runtime ternary, float scale, const std::string& activations,
                                     const float* bias, Pool& pool, Arena& arena, const Kernels& kernels) {
+    if (runs_in_groups(source.layout, activations))
+        return std::make_shared<GroupedLinear>(BlockSource(source), scale, bias, pool, arena, kernels);
     if (!is_float(source.layout.runtime))
         return std::make_shared<TileLinear>(source, runtime_of(source, ternary), scale, activations, bias, pool, arena,
                                             kernels);
@@ -244,7 +256,9 @@ std::shared_ptr<Linear> make_linear(const Stored& source, Runtime ternary, float
     return std::make_shared<FloatLinear>(source, scale, bias, pool, arena, kernels);
 }
 
-int64_t needed_bytes(const Stored& source, Runtime ternary) {
+int64_t needed_bytes(const Stored& source, Runtime ternary, const std::string& activations) {
+    if (runs_in_groups(source.layout, activations))
+        return GroupedLinear::needed_bytes(source.rows, group_layout(*source.layout.blocks, source.columns));
     if (runs_in_place(source.layout, source.bytes.data(), source.columns)) return 0;
     const int64_t tiles = (source.rows + kTileRows - 1) / kTileRows;
     return tiles * tile_bytes(runtime_of(source, ternary), source.columns);

@@ -165,7 +165,7 @@ std::shared_ptr<Linear> make_linear(const Stored& source, Runtime ternary, float
                                     const float* bias, Pool& pool, Arena& arena, const Kernels& kernels);
 
 /// What that will allocate.
-int64_t needed_bytes(const Stored& source, Runtime ternary);
+int64_t needed_bytes(const Stored& source, Runtime ternary, const std::string& activations);
 
 template <class Product, class Sum, class Scale>
 void Linear::by_panels(Range mine, int tokens, float* out, ptrdiff_t out_stride, Write write, const float* row_scales,

@@ -4,13 +4,17 @@
 #include <atomic>
 #include <stdexcept>
 
+#include "floats.h"
 #include "kernels.h"
 
 namespace tritkit {
 namespace {
 
-constexpr int kGroupColumns = 4;    // columns of a group of codes
-constexpr int kPanelColumns = 320;  // codes of four tiles stay in the first cache; a multiple of every block's columns
+constexpr int kGroupColumns = 4;  // columns of a group of codes
+// The codes of a panel stay in the first cache: so many columns of four tiles, or four times as many of one tile. Both
+// are a multiple of the columns of every block that they meet.
+constexpr int kPanelColumns = 320;
+constexpr int panel_columns(int together) { return 4 * kPanelColumns / together; }
 
 constexpr int64_t kSliceBytes = int64_t{16}
                                 << 20;  // of a mapped source, between one dropping of its pages and the next
@@ -26,8 +30,6 @@ void put(uint8_t* codes, int group, int row, uint32_t word) {
 
 // --- Hugging Face's ternary bytes, uint8 [R, columns] with R = rows / 4, strided along the rows:
 //     bits 2i..2i+1 of byte (r, c) hold code + 1 of row i * R + r.
-
-int64_t hf_ternary_bytes(int rows, int columns) { return ceil_div(rows, 4) * columns; }
 
 /// Where R is whole tiles, 16 rows of bytes are four tiles of weights.
 int hf_ternary_together(int rows) { return rows % (4 * kTileRows) == 0 ? 4 : 1; }
@@ -55,7 +57,7 @@ void gather_hf_words(const SourcePart& p, uint32_t* words) {
 }
 
 bool unpack_hf_ternary(const SourcePart& p, uint8_t* codes) {
-    alignas(64) uint32_t words[kPanelColumns / kGroupColumns * kTileRows];
+    alignas(64) uint32_t words[panel_columns(1) / kGroupColumns * kTileRows];
     const int count = static_cast<int>(ceil_div(p.count, kGroupColumns)) * kTileRows;
     const int tiles = hf_ternary_together(p.rows);
     // Rows that do not exist are weights of 0.
@@ -76,8 +78,6 @@ bool unpack_hf_ternary(const SourcePart& p, uint8_t* codes) {
 
 // --- Signs along the rows, uint8 [rows, columns / 8]: bit j of byte (r, b) is set if code (r, 8b + j) is +1.
 
-int64_t binary_rows_bytes(int rows, int columns) { return rows * ceil_div(columns, 8); }
-
 /// Bit j of four, moved to bit 0 of byte j.
 uint32_t spread_bits(uint32_t bits) { return (bits & 15) * 0x00204081u & 0x01010101u; }
 
@@ -92,22 +92,57 @@ bool unpack_binary_rows(const SourcePart& p, uint8_t* codes) {
     return true;
 }
 
-// --- Floats [rows, columns], kept as they are but for the padding of each row.
+// --- Blocks of ternary codes, uint8 [rows, blocks of a row] (ggml_blocks.h), all with the scale of the matrix or,
+// where
+//     nothing but zeros is in them, with none.
 
-template <int bytes>
-int64_t float_rows_bytes(int rows, int columns) {
-    return static_cast<int64_t>(rows) * columns * bytes;
+bool unpack_ternary_blocks(const SourcePart& p, uint8_t* codes) {
+    const BlockType& type = *p.layout.blocks;
+    const int columns = std::min(p.count, p.columns - p.begin);
+    bool good = true;
+    unsigned bad = 0;
+    Block block{};
+    for (int r = 0; r < kTileRows && p.tile * kTileRows + r < p.rows; ++r) {
+        const int64_t row = p.tile * kTileRows + r, first = (row * p.columns + p.begin) / type.columns;
+        const uint8_t* from = p.source + first * type.bytes;
+        for (int k = 0; k < columns; k += type.columns, from += type.bytes) {
+            type.unpack(from, block);
+            if (type.has_scale && block.d != p.scale) {
+                good = good && (block.d & 0x7fff) == 0;
+                std::memset(block.codes, 1, sizeof block.codes);
+            }
+            for (int i = 0; i < type.columns; i += kGroupColumns) {
+                uint32_t word;
+                std::memcpy(&word, block.codes + i, sizeof word);
+                bad |= word & word >> 1;  // code + 1 == 3
+                put(codes, (k + i) / kGroupColumns, r, word);
+            }
+        }
+    }
+    return good && (bad & 0x01010101u) == 0;
 }
 
-// A new layout of a file is two functions and one row here.
-const SourceLayout kSources[] = {
-    {"hf_autobitlinear", Runtime::kTernary, hf_ternary_bytes, hf_ternary_together, unpack_hf_ternary},
-    {"hf_bitlinear", Runtime::kTernary, hf_ternary_bytes, hf_ternary_together, unpack_hf_ternary},
-    {"binary_rows", Runtime::kBinary, binary_rows_bytes, one_tile, unpack_binary_rows},
-    {"f32", Runtime::kF32, float_rows_bytes<4>, one_tile, nullptr},
-    {"f16", Runtime::kF16, float_rows_bytes<2>, one_tile, nullptr},
-    {"bf16", Runtime::kBf16, float_rows_bytes<2>, one_tile, nullptr},
-};
+constexpr char kNotTernary[] = "a code that is not -1, 0 or +1";
+constexpr char kNotOneScale[] = "a code that is not -1, 0 or +1, or a block with another scale than the matrix";
+
+/// A new layout of a file is a function and a row here, or a row in ggml_blocks.cpp.
+std::vector<SourceLayout> all_sources() {
+    std::vector<SourceLayout> sources = {
+        {"hf_autobitlinear", Runtime::kTernary, 1, 1, 4, false, hf_ternary_together, unpack_hf_ternary, kNotTernary,
+         nullptr},
+        {"hf_bitlinear", Runtime::kTernary, 1, 1, 4, false, hf_ternary_together, unpack_hf_ternary, kNotTernary,
+         nullptr},
+        {"binary_rows", Runtime::kBinary, 1, 8, 1, true, one_tile, unpack_binary_rows, "", nullptr},
+        {"f32", Runtime::kF32, 4, 1, 1, false, one_tile, nullptr, "", nullptr},
+        {"f16", Runtime::kF16, 2, 1, 1, false, one_tile, nullptr, "", nullptr},
+        {"bf16", Runtime::kBf16, 2, 1, 1, false, one_tile, nullptr, "", nullptr},
+    };
+    for (const BlockType& type : block_types())
+        sources.push_back({type.name, type.ternary() ? Runtime::kTernary : Runtime::kGroups, type.bytes, type.columns,
+                           1, false, one_tile, type.ternary() ? unpack_ternary_blocks : nullptr,
+                           type.has_scale ? kNotOneScale : kNotTernary, &type});
+    return sources;
+}
 
 // --- Run-time layouts: each block from the groups of its columns.
 
@@ -157,7 +192,7 @@ const RuntimeLayout kRuntimes[] = {
 const RuntimeLayout& runtime_layout(Runtime runtime) {
     for (const RuntimeLayout& row : kRuntimes)
         if (row.runtime == runtime) return row;
-    throw std::invalid_argument("a layout of floats has no blocks");
+    throw std::invalid_argument("the layout is none of codes with one scale for a matrix or a row");
 }
 
 void copy_rows(Runtime runtime, const uint8_t* source, int rows, int columns, int tile, uint8_t* out) {
@@ -174,14 +209,14 @@ void copy_rows(Runtime runtime, const uint8_t* source, int rows, int columns, in
 /// All tiles that share their bytes with `tile`, panel by panel. `codes` has room for a panel of each.
 bool move_tiles(const SourceLayout& from, const RuntimeLayout& to, SourcePart part, int tiles, uint8_t* codes,
                 uint8_t* out) {
-    const int together = from.tiles_together(part.rows);
+    const int together = from.tiles_together(part.rows), panel = panel_columns(together);
     const int64_t bytes = tile_bytes(to.runtime, part.columns);
     bool good = true;
-    for (part.begin = 0; part.begin < part.columns; part.begin += kPanelColumns) {
+    for (part.begin = 0; part.begin < part.columns; part.begin += panel) {
         const int block_columns = facts(to.tile).columns;
-        const int blocks = blocks_of(to.tile, std::min(kPanelColumns, part.columns - part.begin));
+        const int blocks = blocks_of(to.tile, std::min(panel, part.columns - part.begin));
         part.count = blocks * block_columns;
-        part.spacing = static_cast<ptrdiff_t>(kPanelColumns) * kTileRows;
+        part.spacing = static_cast<ptrdiff_t>(panel) * kTileRows;
         const bool whole = part.begin + part.count <= part.columns && (part.tile + 1) * kTileRows <= part.rows;
         if (!whole) std::memset(codes, to.zero, static_cast<size_t>(together * part.spacing));
         good = from.unpack(part, codes) && good;
@@ -197,12 +232,17 @@ bool move_tiles(const SourceLayout& from, const RuntimeLayout& to, SourcePart pa
 }  // namespace
 
 const SourceLayout& source_layout(const std::string& name) {
+    static const std::vector<SourceLayout> sources = all_sources();
     std::string known;
-    for (const SourceLayout& row : kSources) {
+    for (const SourceLayout& row : sources) {
         if (row.name == name) return row;
         known += (known.empty() ? "" : ", ") + std::string(row.name);
     }
     throw std::invalid_argument("layout is '" + name + "', expected one of " + known);
+}
+
+int64_t SourceLayout::source_bytes(int rows, int columns) const {
+    return ceil_div(rows, block_rows) * ceil_div(columns, block_columns) * block_bytes;
 }
 
 void pack_codes(TileLayout layout, const uint8_t* codes, int blocks, uint8_t* out) {
@@ -222,43 +262,47 @@ bool runs_in_place(const SourceLayout& layout, const void* data, int columns) {
            reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(float_bytes(layout.runtime)) == 0;
 }
 
-Bytes repack(const Stored& source, Runtime runtime, Pool& pool, Arena& arena) {
+// Where it is mapped, pages are dropped behind the work.
+void move_all(const Stored& source, int items, Pool& pool, const std::function<void(int rank, int item)>& move) {
+    const int64_t total = static_cast<int64_t>(source.bytes.size());
+    const int slices = source.mapped ? static_cast<int>(ceil_div(total, kSliceBytes)) : 1;
+    for (int slice = 0; slice < slices; ++slice) {
+        const int first = static_cast<int>(static_cast<int64_t>(items) * slice / slices),
+                  end = static_cast<int>(static_cast<int64_t>(items) * (slice + 1) / slices);
+        pool.run([&](Team& team) {
+            Chunks chunks(team, end - first, 1);
+            for (Range r = chunks.next(); !r.empty(); r = chunks.next())
+                for (int item = first + r.begin; item < first + r.end; ++item) move(team.rank, item);
+        });
+        // The items of a slice come from about this part of the source; where they do not, pages are read twice.
+        const int64_t begin = total * slice / slices, size = total * (slice + 1) / slices - begin;
+        if (source.mapped) drop_file_pages(source.bytes.data() + begin, static_cast<size_t>(size));
+    }
+    if (source.mapped) drop_file_pages(source.bytes.data(), source.bytes.size());
+}
+
+Bytes repack(const Stored& source, Runtime runtime, float scale, Pool& pool, Arena& arena) {
     const SourceLayout& layout = source.layout;
-    const Bytes& bytes = source.bytes;
+    const uint8_t* bytes = source.bytes.data();
     const int rows = source.rows, columns = source.columns;
-    const bool mapped = source.mapped;
     if (is_float(runtime) ? runtime != layout.runtime : runtime_layout(runtime).codes != layout.runtime)
         throw std::invalid_argument(std::string(layout.name) + " data does not go into this run-time layout");
     const int tiles = static_cast<int>(ceil_div(rows, kTileRows)), groups = tiles / layout.tiles_together(rows);
-    const int64_t tile_size = tile_bytes(runtime, columns), total = static_cast<int64_t>(bytes.size());
+    const int64_t tile_size = tile_bytes(runtime, columns);
     uint8_t* to;
     Bytes out = arena.allocate(static_cast<size_t>(tiles * tile_size), to);
-    const size_t panel = static_cast<size_t>(4 * kPanelColumns * kTileRows);
+    const size_t panel = static_cast<size_t>(panel_columns(1) * kTileRows);
     AlignedArray<uint8_t> panels(is_float(runtime) ? 0 : panel * static_cast<size_t>(pool.size()), false);
     std::atomic<bool> good{true};
-    auto move_group = [&](int group, uint8_t* codes) {
-        const SourcePart part{bytes.data(), rows, columns, group, 0, 0, 0};
+    move_all(source, groups, pool, [&](int rank, int group) {
+        const SourcePart part{layout, bytes, rows, columns, f16_from_float(scale), group, 0, 0, 0};
         if (is_float(runtime))
-            copy_rows(runtime, bytes.data(), rows, columns, group, to + group * tile_size);
-        else if (!move_tiles(layout, runtime_layout(runtime), part, tiles, codes, to))
+            copy_rows(runtime, bytes, rows, columns, group, to + group * tile_size);
+        else if (!move_tiles(layout, runtime_layout(runtime), part, tiles,
+                             panels.data() + panel * static_cast<size_t>(rank), to))
             good = false;
-    };
-    const int slices = mapped ? static_cast<int>(ceil_div(total, kSliceBytes)) : 1;
-    for (int slice = 0; slice < slices; ++slice) {
-        const int first = static_cast<int>(static_cast<int64_t>(groups) * slice / slices),
-                  end = static_cast<int>(static_cast<int64_t>(groups) * (slice + 1) / slices);
-        pool.run([&](Team& team) {
-            uint8_t* codes = panels.data() + panel * static_cast<size_t>(team.rank);
-            Chunks chunks(team, end - first, 1);
-            for (Range r = chunks.next(); !r.empty(); r = chunks.next())
-                for (int group = first + r.begin; group < first + r.end; ++group) move_group(group, codes);
-        });
-        // The groups of a slice come from about this part of the source; where they do not, pages are read twice.
-        const int64_t begin = total * slice / slices;
-        if (mapped) drop_file_pages(bytes.data() + begin, static_cast<size_t>(total * (slice + 1) / slices - begin));
-    }
-    if (mapped) drop_file_pages(bytes.data(), bytes.size());
-    if (!good) throw std::invalid_argument(std::string(layout.name) + " data holds a code that is not -1, 0 or +1");
+    });
+    if (!good) throw std::invalid_argument(std::string(layout.name) + " data holds " + layout.fault);
     return out;
 }
 

@@ -6,23 +6,30 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <string>
 
+#include "ggml_blocks.h"
 #include "kernels.h"
 #include "memory.h"
 #include "threads.h"
 
 namespace tritkit {
 
-/// T16-2, T16-3 (ternary), T16-1 (binary), T16-4, T16-8 (integers with one scale for each row), padded rows of floats.
-enum class Runtime { kTernary, kTernary3, kBinary, kInt4, kInt8, kF32, kF16, kBf16 };
+/// T16-2, T16-3 (ternary), T16-1 (binary), T16-4, T16-8 (integers with one scale for each row), groups of columns with
+/// scales of their own (group_layout.h), padded rows of floats.
+enum class Runtime { kTernary, kTernary3, kBinary, kInt4, kInt8, kGroups, kF32, kF16, kBf16 };
 
 inline bool is_float(Runtime layout) { return layout >= Runtime::kF32; }
 
+struct SourceLayout;
+
 /// Some columns of some tiles of a matrix in a file.
 struct SourcePart {
+    const SourceLayout& layout;
     const uint8_t* source;  // of the whole matrix
     int rows, columns;
+    uint16_t scale;     // of the matrix, as float16
     int tile;           // the first one; the others follow as tiles_together says
     int begin, count;   // columns; the count may go beyond the last one
     ptrdiff_t spacing;  // bytes from the codes of a tile to those of the next
@@ -32,12 +39,18 @@ struct SourcePart {
 struct SourceLayout {
     const char* name;
     Runtime runtime;  // that fits every machine
-    int64_t (*source_bytes)(int rows, int columns);
+    // So many bytes hold so many columns of so many rows.
+    int block_bytes, block_columns, block_rows;
+    bool padded;  // the last columns of a row may not fill their block
     /// How many tiles share their bytes and are unpacked together: tiles t, t + n, t + 2n ... with n = tiles / this.
     int (*tiles_together)(int rows);
-    /// Writes what exists of the part over codes that mean nothing. False if it holds a code that the format does not
-    /// have. Null for floats, which are copied.
+    /// Writes what exists of the part over codes that mean nothing. False if it holds what `fault` says. Null for
+    /// floats, which are copied, and for blocks that hold more than ternary codes.
     bool (*unpack)(const SourcePart& part, uint8_t* codes);
+    const char* fault;
+    const BlockType* blocks;  // null: it has none
+
+    int64_t source_bytes(int rows, int columns) const;
 };
 
 /// Throws std::invalid_argument with the known names.
@@ -63,11 +76,14 @@ struct Stored {
     bool mapped = false;  // a read-only mapping of a file: its pages are dropped behind the work
 };
 
+/// Runs move(rank, item) for items 0 ... items - 1, which lie in that order in the source, by all threads.
+void move_all(const Stored& source, int items, Pool& pool, const std::function<void(int rank, int item)>& move);
+
 /// Whether the kernels can read these floats where they lie.
 bool runs_in_place(const SourceLayout& layout, const void* data, int columns);
 
-/// The matrix in the run-time layout. Throws std::invalid_argument on codes out of range, and where the run-time
-/// layout cannot hold the codes of the source.
-Bytes repack(const Stored& source, Runtime runtime, Pool& pool, Arena& arena);
+/// The matrix in the run-time layout. Throws std::invalid_argument on codes out of range, on blocks that have another
+/// scale than `scale`, and where the run-time layout cannot hold the codes of the source.
+Bytes repack(const Stored& source, Runtime runtime, float scale, Pool& pool, Arena& arena);
 
 }  // namespace tritkit

@@ -68,7 +68,7 @@ void test_repack() {
              {std::pair{1, 1}, {16, 40}, {64, 320}, {100, 321}, {192, 1003}, {130, 639}}) {
             const SourceLayout& layout = source_layout(name);
             const std::vector<uint8_t> source = random_source(layout, rows, columns, -1);
-            const Bytes packed = repack(stored(layout, source, rows, columns), runtime, pool, arena);
+            const Bytes packed = repack(stored(layout, source, rows, columns), runtime, 1.0f, pool, arena);
             bool good = true;
             for (int r = 0; r < rows; ++r)
                 for (int k = 0; k < columns; ++k)
@@ -89,7 +89,7 @@ void test_rows() {
         const uint32_t one = layout == Runtime::kF32 ? 0x3f800000u : layout == Runtime::kF16 ? 0x3c00u : 0x3f80u;
         for (int i = 0; i < 7 * 21; ++i)
             if (i % 3 == 0) std::memcpy(bytes.data() + 1 + i * size, &one, static_cast<size_t>(size));
-        const RowTable table(layout, Bytes(nullptr, bytes.data() + 1, bytes.size() - 1), 7, 21, 0.5f, false);
+        const RowTable table({source_layout(name), Bytes(nullptr, bytes.data() + 1, bytes.size() - 1), 7, 21}, 0.5f);
         bool good = true;
         for (int r = 0; r < 7; ++r) {
             float row[21];
@@ -486,7 +486,7 @@ std::unique_ptr<Decoder> small_decoder(int threads, const char* isa, const std::
     const Stored rows = stored(source_layout("f32"), table, kVocab, kHidden);
     auto exact = std::make_shared<FloatLinear>(rows, 1.0f, nullptr, runner->pool, runner->arena, runner->kernels);
     auto head = std::make_shared<Head>(exact);
-    auto embedding = std::make_shared<RowTable>(Runtime::kF32, rows.bytes, kVocab, kHidden, 1.0f, false);
+    auto embedding = std::make_shared<RowTable>(rows, 1.0f);
     return std::make_unique<Decoder>(runner, shape, embedding, std::move(layers), Norm(kHidden, 1.0f), head, 16);
 }
 

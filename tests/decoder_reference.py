@@ -1,7 +1,9 @@
 """A decoder in plain numpy, written from the definition, and small random weights for it. No code of tritkit's."""
 
+from itertools import count
+
 import numpy as np
-from grouped_reference import dequantize, dequantize_activations
+from grouped_reference import GGML, dequantize, dequantize_activations, ggml_floats, random_blocks
 
 from tritkit.engine.weights import DecoderShape, DecoderWeights, Groups, LayerWeights, LinearWeights
 
@@ -40,6 +42,12 @@ def random_linear(rng: np.random.Generator, format: str, rows: int, cols: int, b
         groups = Groups(5, 16, scales, zeros=rng.integers(12, 20, count).astype(np.uint8))
         weights = LinearWeights("grouped", data, rows, cols, scale, "a8_g32", vector, groups)
         return weights, dequantize(data, groups)
+    if format.upper() in GGML:
+        name = format.upper()
+        spread = ggml_floats(name, random_blocks(np.random.default_rng(0), name, 16, 256)).std()
+        data = random_blocks(rng, name, rows, cols, float(0.01 / spread / np.sqrt(cols)))
+        values = ggml_floats(name, data).astype(np.float64)
+        return LinearWeights(format, data, rows, cols, 1.0, "a8_g32", vector), values
     if format in ("ternary", "binary"):
         codes = rng.integers(-1, 2, (rows, cols)) if format == "ternary" else rng.choice([-1, 1], (rows, cols))
         scale = float(np.float32(1.3 / np.sqrt(cols)))
@@ -58,7 +66,8 @@ def random_linear(rng: np.random.Generator, format: str, rows: int, cols: int, b
 
 
 def random_decoder(family: str, format: str, seed: int = 0, **changes):
-    """DecoderWeights and the function tokens -> float64 logits [t, vocab] that they stand for."""
+    """DecoderWeights and the function tokens -> float64 logits [t, vocab] that they stand for. format: of all linears,
+    or "blocks": one layout of ggml after the other."""
     bitnet = family == "bitnet"
     sizes = {"vocab_size": 97, "hidden_size": 40, "intermediate_size": 72, "num_layers": 3, "context_length": 400}
     heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 10}
@@ -72,7 +81,11 @@ def random_decoder(family: str, format: str, seed: int = 0, **changes):
     rng = np.random.default_rng(seed)
     matrices: dict[int, np.ndarray] = {}
 
+    turn = count()
+
     def linear(rows, cols, format=format, bias=False):
+        if format == "blocks":
+            format = list(GGML)[next(turn) % len(GGML)].lower()
         weights, values = random_linear(rng, format, rows, cols, bias)
         matrices[id(weights)] = values
         return weights
@@ -82,7 +95,7 @@ def random_decoder(family: str, format: str, seed: int = 0, **changes):
 
     q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     hidden, inner = shape.hidden_size, shape.intermediate_size
-    head_format = format if format in ("f32", "f16", "bf16") else "bf16"
+    head_format = format if format in ("f32", "f16", "bf16", "blocks") else "bf16"
     layers = [
         LayerWeights(
             q=linear(q, hidden, bias=not bitnet),

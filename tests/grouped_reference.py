@@ -1,10 +1,12 @@
 """Matrices with scales for groups of columns, in plain numpy float64, and the blocks of ggml taken apart into them."""
 
+import gguf
 import numpy as np
 
 from tritkit.engine.weights import Groups
 
 SPAN = 256  # columns that share d and dmin
+FLOAT_ROUNDING = 2.0**-24  # of one float32 operation, relative to its result
 
 
 def dequantize(codes: np.ndarray, groups: Groups) -> np.ndarray:
@@ -46,6 +48,16 @@ def quantize_activations(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def dequantize_activations(x: np.ndarray) -> np.ndarray:
     codes, scales = quantize_activations(x)
     return codes.astype(np.float64) * np.repeat(scales, 32, axis=1)[:, : x.shape[1]]
+
+
+def check_product(found: np.ndarray, x: np.ndarray, codes: np.ndarray, groups: Groups, scale: float = 1.0) -> None:
+    """Against float64. The bound follows every rounding: three for a unit of at least 16 columns, and the sum's."""
+    w, activations = dequantize(codes, groups), dequantize_activations(x)
+    bare = Groups(**{**vars(groups), "zeros": None, "offsets": None, "mins": None, "dmin": None})
+    parts = np.abs(w) + np.abs(dequantize(codes, bare)) + np.abs(w - dequantize(codes, bare))
+    bound = (np.abs(activations) @ parts.T) * FLOAT_ROUNDING * (2 * codes.shape[1] / 16 + 5) * abs(scale)
+    error = np.abs(found - activations @ w.T * scale)
+    assert (error <= bound + 1e-30).all(), f"{(error / (bound + 1e-30)).max()} times the bound"
 
 
 # --- ggml's blocks, uint8 [rows, bytes of a row], as codes and Groups. Layouts: ggml-quants.c of llama.cpp.
@@ -138,6 +150,27 @@ def _q6_k(b: np.ndarray) -> tuple[np.ndarray, Groups]:
     return _flat(codes), Groups(6, 16, _flat(b[..., 192:208]).view(np.int8), d=_halves(b, 208))
 
 
+def _ternary(codes: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, Groups]:
+    return _flat(codes), Groups(2, 256, d, zeros=np.ones(d.shape, np.uint8))
+
+
+def _trits(packed: np.ndarray, count: int) -> np.ndarray:
+    """[..., bytes] to [..., count, bytes]: a byte is a fraction of 256 in base 3, its first digit first."""
+    powers = 3 ** np.arange(count, dtype=np.uint16)[:, None]
+    return packed[..., None, :] * powers % 256 * 3 >> 8
+
+
+def _tq1_0(b: np.ndarray) -> tuple[np.ndarray, Groups]:
+    parts = [(b[..., :32], 5), (b[..., 32:48], 5), (b[..., 48:52], 4)]
+    return _ternary(
+        np.concatenate([_trits(p.astype(np.uint16), n).reshape(*b.shape[:2], -1) for p, n in parts], -1), _halves(b, 52)
+    )
+
+
+def _tq2_0(b: np.ndarray) -> tuple[np.ndarray, Groups]:
+    return _ternary(_bits(b[..., :64].reshape(*b.shape[:2], 2, 32), 2), _halves(b, 64))
+
+
 GGML = {
     "Q4_0": _q4_0,
     "Q4_1": _q4_1,
@@ -149,6 +182,8 @@ GGML = {
     "Q4_K": _q4_k,
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
+    "TQ1_0": _tq1_0,
+    "TQ2_0": _tq2_0,
 }
 HALVES = {  # bytes of a block where its float16 scales are
     "Q4_0": (0,),
@@ -161,9 +196,31 @@ HALVES = {  # bytes of a block where its float16 scales are
     "Q4_K": (0, 2),
     "Q5_K": (0, 2),
     "Q6_K": (208,),
+    "TQ1_0": (52,),
+    "TQ2_0": (64,),
 }
 
 
 def from_ggml(name: str, rows: np.ndarray, block_bytes: int) -> tuple[np.ndarray, Groups]:
     """Codes and Groups of uint8 [rows, bytes of a row]."""
     return GGML[name](rows.reshape(len(rows), -1, block_bytes))
+
+
+def random_blocks(rng: np.random.Generator, name: str, rows: int, cols: int, d: float = 0.01) -> np.ndarray:
+    """uint8 [rows, bytes of a row] of random codes, scales and mins; d and m up to `d` in size."""
+    block_columns, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
+    blocks = rng.integers(0, 256, (rows, cols // block_columns, block_bytes), dtype=np.uint8)
+    for at in HALVES[name]:
+        halves = rng.uniform(-d, d, blocks.shape[:2]).astype(np.float16)
+        blocks[..., at : at + 2] = halves[..., None].view(np.uint8)
+    return blocks.reshape(rows, -1)
+
+
+def ggml_floats(name: str, rows: np.ndarray) -> np.ndarray:
+    return gguf.dequantize(rows, gguf.GGMLQuantizationType[name])
+
+
+def pack_i2_s(codes: np.ndarray, lanes: int) -> np.ndarray:
+    """Codes -1, 0, 1 to blocks of 4 * lanes columns; lanes: 32 for x86, 16 for ARM."""
+    q = (codes + 1).astype(np.uint8).reshape(len(codes), -1, 4, lanes)
+    return (q[:, :, 0] << 6 | q[:, :, 1] << 4 | q[:, :, 2] << 2 | q[:, :, 3]).reshape(len(codes), -1)

@@ -8,12 +8,12 @@ from numpy.typing import NDArray
 
 from tritkit import _native
 from tritkit.engine import Job, checked
-from tritkit.engine.weights import FLOATS, DecoderWeights, LayerWeights, LinearWeights, check
+from tritkit.engine.weights import BLOCKS, FLOATS, DecoderWeights, LayerWeights, LinearWeights, check
 from tritkit.memory import available_memory
 
 CHUNK = 256  # tokens in one native call: short enough that Ctrl-C is heard, long enough to be efficient
 LARGE_HEAD = 2**24  # bytes
-# Forms of the output head -> bits of its copy (0: none). float: the weights as they are; screen: 4 bits say which
+# Forms of the output head -> bits of its copy (0: none). float: the weights as they are, be it in blocks; screen: 4 bits say which
 # logits could be high, and these are computed from the weights as they are.
 HEADS = {"float": 0, "int8": 8, "int6": 6, "int4": 4, "screen": 4}
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -31,7 +31,8 @@ class NativeEngine:
     kv_bits: width of the cached keys and values. 32: as computed; 16: float16; 8, 4, 3: codes with a float16 scale for
     each token and head, the first token of a sequence at 8. ValueError for any other.
 
-    head: a form of the output head (HEADS; None: `default_head`). int8, int6, int4: a scale a row, times
+    head: a form of the output head (HEADS; None: `default_head`). float: as it is stored; `head` of the engine is then
+    the layout where that is one of blocks. int8, int6, int4: a scale a row, times
     activations of 16 bits. With "screen" the logits that "last" asks for are exact where they could be the highest and
     those of int4 elsewhere, which suits greedy decoding; "all" and "nll" are exact.
 
@@ -75,9 +76,11 @@ class NativeEngine:
         self.threads: int = runner.threads
         layers = [_layer(runner, f"layers[{i}]", layer) for i, layer in enumerate(weights.layers)]
         tied = weights.head is None
-        rows = _rows(weights.embedding, drop_pages=not tied or head != "float")
-        built_head = _head(runner, head, weights.embedding if weights.head is None else weights.head, rows, tied)
-        self.head: str = head
+        output = weights.embedding if weights.head is None else weights.head
+        blocks = output.layout in BLOCKS
+        rows = _rows(weights.embedding, drop_pages=not tied or head != "float" or blocks)
+        built_head = _head(runner, head, output, rows, tied)
+        self.head: str = output.layout if head == "float" and blocks else head
         self.head_layout: str = built_head.layout
         self._head: _native.Head | None = built_head
         self.layout: str = "+".join(sorted({layer[name].layout for layer in layers for name in LINEARS}))
@@ -194,8 +197,10 @@ def _rows(w: LinearWeights, drop_pages: bool) -> _native.RowTable:
 def _head(runner: _native.Runner, kind: str, w: LinearWeights, embedding: _native.RowTable, tied: bool) -> _native.Head:
     if kind == "float":
         return _native.Head(_linear(runner, "head", w))
-    if w.layout not in FLOATS or w.bias is not None:
-        raise ValueError(f"head is {kind!r}, but only a head of floats without a bias can be made smaller")
+    if w.layout not in (*FLOATS, *BLOCKS) or w.bias is not None:
+        raise ValueError(f"head is {kind!r}, but only a head of floats or blocks without a bias can be made smaller")
+    if kind == "screen" and w.layout not in FLOATS:
+        raise ValueError(f"head is 'screen', but only a head of floats can be screened, not one of {w.layout}")
     rows = embedding if tied else _rows(w, drop_pages=True)
     exact = _linear(runner, "head", w) if kind == "screen" else None
     return _native.Head(runner, rows, HEADS[kind], exact)
@@ -214,7 +219,7 @@ def _runtime_bytes(runner: _native.Runner, w: LinearWeights) -> int:
     if w.groups is not None:
         data = np.ascontiguousarray(w.data)
         return _native.grouped_bytes(data, w.groups.bits, w.groups.size, **w.groups.arrays())
-    return _native.runtime_bytes(runner, w.layout, w.data, w.rows, w.cols)
+    return _native.runtime_bytes(runner, w.layout, w.data, w.rows, w.cols, w.activations)
 
 
 def _require_memory(runner: _native.Runner, weights: DecoderWeights, head: str) -> None:

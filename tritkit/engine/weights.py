@@ -15,6 +15,24 @@ DTYPES = {  # layout of a file -> what numpy calls its bytes
     "grouped": np.uint8,
 }
 FLOATS = ("f32", "f16", "bf16")
+BLOCKS = {  # layout of blocks -> columns and bytes of a block; csrc/ggml_blocks.h draws them
+    "q4_0": (32, 18),
+    "q4_1": (32, 20),
+    "q5_0": (32, 22),
+    "q5_1": (32, 24),
+    "q8_0": (32, 34),
+    "q2_k": (256, 84),
+    "q3_k": (256, 110),
+    "q4_k": (256, 144),
+    "q5_k": (256, 176),
+    "q6_k": (256, 210),
+    "tq1_0": (256, 54),
+    "tq2_0": (256, 66),
+    "i2_s_x86": (128, 32),
+    "i2_s_arm": (64, 16),
+}
+TERNARY_BLOCKS = ("tq1_0", "tq2_0", "i2_s_x86", "i2_s_arm")
+DTYPES |= dict.fromkeys(BLOCKS, np.uint8)
 
 
 @dataclass(frozen=True)
@@ -74,8 +92,12 @@ class LinearWeights:
       f32                             float32 [rows, cols]
       f16, bf16                       uint16 [rows, cols], the bits
       grouped                         uint8 [rows, cols], codes that mean what `groups` says
-    `scale` multiplies, also for hf_bitlinear, whose file holds the inverse.
-    activations: a8, a8_q128 for packed layouts, a8_g32 for grouped, None for floats.
+      q4_0 ... q6_k                   uint8 [rows, bytes of a row], blocks as in a GGUF file (BLOCKS)
+      tq1_0, tq2_0, i2_s_x86/_arm     the same, blocks of ternary codes
+    `scale` multiplies, also for hf_bitlinear, whose file holds the inverse, and for i2_s, whose blocks have none.
+    activations: a8, a8_q128 for packed layouts, a8_g32 for grouped and for blocks, None for floats. Blocks of ternary
+    codes may have a8 or a8_q128 too: then they run as one ternary matrix, all of them have to have the same scale, and
+    `scale` is that scale.
     """
 
     layout: str
@@ -92,6 +114,9 @@ class LinearWeights:
             return (-(-self.rows // 4), self.cols)
         if self.layout == "binary_rows":
             return (self.rows, -(-self.cols // 8))
+        if self.layout in BLOCKS:
+            columns, size = BLOCKS[self.layout]
+            return (self.rows, self.cols // columns * size)
         return (self.rows, self.cols)
 
 
@@ -148,8 +173,10 @@ def check(weights: DecoderWeights) -> None:
         "ffn_sub_norm": s.intermediate_size if s.sub_norms else None,
     }
     _check_linear("embedding", weights.embedding, (s.vocab_size, s.hidden_size))
-    if weights.embedding.layout not in FLOATS:
-        raise ValueError(f"embedding has layout {weights.embedding.layout}, expected one of {', '.join(FLOATS)}")
+    if weights.embedding.layout not in (*FLOATS, *BLOCKS):
+        raise ValueError(f"embedding has layout {weights.embedding.layout}, expected floats or blocks of ggml")
+    if weights.embedding.layout in BLOCKS and weights.embedding.activations != "a8_g32":
+        raise ValueError(f"embedding has activations {weights.embedding.activations!r}, expected a8_g32")
     if weights.head is not None:
         _check_linear("head", weights.head, (s.vocab_size, s.hidden_size))
     _check_norm("final_norm", weights.final_norm, s.hidden_size)
@@ -165,6 +192,10 @@ def _check_linear(name: str, linear: LinearWeights, shape: tuple[int, int]) -> N
         raise ValueError(f"{name} has layout {linear.layout!r}, expected one of {', '.join(DTYPES)}")
     if (linear.rows, linear.cols) != shape:
         raise ValueError(f"{name} has shape {[linear.rows, linear.cols]}, expected {list(shape)}")
+    if linear.layout in BLOCKS and linear.cols % BLOCKS[linear.layout][0]:
+        raise ValueError(
+            f"{name} has {linear.cols} columns, but {linear.layout} has blocks of {BLOCKS[linear.layout][0]}"
+        )
     expected = (np.dtype(DTYPES[linear.layout]), linear.data_shape())
     if (linear.data.dtype, linear.data.shape) != expected:
         raise ValueError(
@@ -177,9 +208,17 @@ def _check_linear(name: str, linear: LinearWeights, shape: tuple[int, int]) -> N
         )
     if (linear.groups is not None) != (linear.layout == "grouped"):
         raise ValueError(f"{name} has layout {linear.layout} with{'out' if linear.groups is None else ''} groups")
-    allowed = (None,) if linear.layout in FLOATS else ("a8_g32",) if linear.groups else ("a8", "a8_q128")
+    allowed = _activations(linear.layout)
     if linear.activations not in allowed:
         raise ValueError(f"{name} has activations {linear.activations!r}, expected {' or '.join(map(str, allowed))}")
+
+
+def _activations(layout: str) -> tuple[str | None, ...]:
+    if layout in FLOATS:
+        return (None,)
+    if layout == "grouped" or layout in BLOCKS:
+        return ("a8", "a8_q128", "a8_g32") if layout in TERNARY_BLOCKS else ("a8_g32",)
+    return ("a8", "a8_q128")
 
 
 def _check_norm(name: str, norm: NDArray | None, size: int | None) -> None:
