@@ -312,6 +312,48 @@ def bench(arguments: list[str]) -> int:
     return run(parser.parse_args(arguments))
 
 
+def import_(arguments: list[str]) -> int:
+    """a model from the Hugging Face hub, a GGUF file or llama2.c to a model folder"""
+    parser = parser_of(
+        "import",
+        "Make a model folder of SOURCE: the id of a model on the Hugging Face hub (owner/name), a folder of one, a\n"
+        "GGUF file, or a llama2.c checkpoint. Weights keep their bits: blocks of GGUF run as they are.",
+        "tritkit import smollm2-q4_k_m.gguf models/smol",
+    )
+    parser.add_argument("source", metavar="SOURCE", help="hub id, folder, file.gguf or llama2.c file")
+    parser.add_argument("out", metavar="OUT", help="the model folder to write")
+    parser.add_argument("--revision", help="hub: branch, tag or commit (default: main)")
+    parser.add_argument("--token", help="hub: access token (default: the one that is logged in)")
+    parser.add_argument("--i2-s", choices=("x86", "arm"), help="order of I2_S codes, where the file does not tell")
+    parser.add_argument("--tokenizer", help="llama2.c: its tokenizer file (default: the one beside it)")
+    parser.add_argument("--overwrite", action="store_true", help="replace what OUT holds")
+    options = parser.parse_args(arguments)
+    from .importer import import_model
+    from .tables import print_metrics
+
+    print_metrics(options.out, import_model(**vars(options)))
+    return 0
+
+
+def diff(arguments: list[str]) -> int:
+    """the same weights? tensor by tensor, whatever the containers"""
+    parser = parser_of(
+        "diff",
+        "Compare the weights of two models. Exit code 0: the same, but perhaps for the rounding of scales or floats;\n"
+        "1: different.",
+        "tritkit diff models/mine mine.gguf",
+    )
+    parser.add_argument("a", metavar="A", help="a model folder, GGUF file or llama2.c file")
+    parser.add_argument("b", metavar="B", help="another one")
+    parser.add_argument("--all", action="store_true", help="every tensor, not only those that are not equal")
+    parser.add_argument("--i2-s", choices=("x86", "arm"), help="order of I2_S codes, where a file does not tell")
+    parser.add_argument("--json", action="store_true", help="JSON for programs instead of a table")
+    options = parser.parse_args(arguments)
+    from .tables import print_differences
+
+    return print_differences(options.a, options.b, options.all, options.i2_s, options.json)
+
+
 def compare(arguments: list[str]) -> int:
     """one table of several folders' results"""
     parser = parser_of(
@@ -351,8 +393,10 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "chat": chat,
     "eval": evaluate,
     "bench": bench,
+    "import": import_,
     "compare": compare,
     "inspect": inspect,
+    "diff": diff,
 }
 
 

@@ -1,8 +1,8 @@
 """A GGUF file as a model: its metadata as Hugging Face's config, its tensors under Hugging Face's names.
 
-llama.cpp turns pairs of neighbouring values in its architecture "llama" where Hugging Face turns a value and the one half
-a head away, so there the rows of q and k lie in another order (FACTS 9.7). Rows are re-ordered here as they are read.
-Whatever a file has that would change the result and is not understood is refused by its name.
+llama.cpp turns pairs of neighbouring values in its architecture "llama" where Hugging Face turns a value and the one
+half a head away, so there the rows of q and k lie in another order. They are re-ordered here as they are read. Whatever
+a file has that would change the result and is not understood is refused by its name.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import numpy as np
 
 from .checkpoint import OWN, ModelFolder, linear_names, quantization_config, require_complete
 from .gguf import GGUFFile, GGUFTensor
-from .layouts import LAYOUTS
+from .layouts import GGML
+from .layouts.i2s import detect_i2s, layer_evidence
 from .models.config import ModelConfig, config_from_hf
 from .tensorfile import StoredTensor
 
@@ -174,6 +175,8 @@ def open_gguf(path: Path | str, i2_s: str | None = None) -> ModelFolder:
     heads = {"q_proj": base.num_attention_heads, "k_proj": base.num_key_value_heads}
     tensors = _Tensors(file, heads if ARCHITECTURES[name].pairs else {})
     layouts = {}
+    if any(file.type_of(theirs) == "i2_s" for theirs in file):
+        i2_s = i2_s or _i2_s_order(tensors, base.num_hidden_layers)
     for ours, theirs in tensors.names.items():
         kind = file.type_of(theirs)
         if kind in FLOAT_TYPES:
@@ -205,14 +208,37 @@ def _tokenizer(file: GGUFFile):
 def _layout_of(file: GGUFFile, name: str, i2_s: str | None) -> str:
     kind = file.type_of(name)
     if kind == "i2_s":
-        return f"i2_s_{i2_s or _i2_s_order(file)}"
-    if kind not in LAYOUTS:
-        known = sorted(set(LAYOUTS) & {"q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "tq1_0", "tq2_0"} | set(FLOAT_TYPES))
+        return f"i2_s_{i2_s}"
+    if kind not in GGML:
+        known = ", ".join(k.upper() for k in (*FLOAT_TYPES, *GGML, "i2_s"))
         raise ValueError(
-            f"{file.path}: the tensor {name!r} has the type {kind.upper()}, which tritkit does not run; it runs "
-            f"{', '.join(k.upper() for k in known)}, Q2_K to Q6_K and I2_S"
+            f"{file.path}: the tensor {name!r} has the type {kind.upper()}, which tritkit does not run; it runs {known}"
         )
     return kind
+
+
+def _i2_s_order(tensors: _Tensors, layers: int) -> str:
+    """ "x86" or "arm", by the content; ValueError where that does not tell."""
+    evidence = []
+    for i in range(layers):
+        prefix = f"model.layers.{i}."
+        linears, norms = {}, {}
+        for name in tensors.names:
+            inner = name.removeprefix(prefix).removesuffix(".weight")
+            if not name.startswith(prefix) or not name.endswith(".weight"):
+                continue
+            if inner.endswith("norm"):
+                norms[inner] = tensors[name].float32()
+            elif tensors.file.type_of(tensors.names[name]) == "i2_s":
+                linears[inner] = tensors[name].array
+        evidence += layer_evidence(linears, norms)
+    found = detect_i2s(evidence)
+    if found is None:
+        raise ValueError(
+            f"{tensors.file.path} has I2_S codes, and their order, which depends on the CPU of who wrote them, cannot "
+            "be told from the content: say --i2-s x86 (bitnet.cpp's converter and published files) or --i2-s arm"
+        )
+    return found.removeprefix("i2_s_")
 
 
 def _weights_of(config: ModelConfig, tensors: _Tensors, layouts: Mapping[str, str]) -> str | None:
@@ -230,7 +256,7 @@ def one_scale(layout: str, blocks: np.ndarray) -> float | None:
     """
     if not layout.startswith("tq"):
         return 1.0
-    size = LAYOUTS[layout].block_bytes
+    size = GGML[layout].block_bytes
     scales = blocks.reshape(-1, size)[:, -2:].copy().view(np.float16)
     scales = scales[scales != 0]
     if not len(scales):
@@ -304,7 +330,7 @@ class _Keys:
     def number(self, key: str, default: float | None = None) -> float:
         value = self.get(key)
         value = default if value is None else value
-        if type(value) not in (int, float) or not math.isfinite(value):
+        if not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError(f"{self.file.path} has {self.architecture}.{key} = {value!r}, expected a number")
         return shortest(float(value))
 

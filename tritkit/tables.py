@@ -162,6 +162,38 @@ def print_comparison(folders: list[str], every: bool, as_json: bool) -> None:
     _screen().print(table)
 
 
+def print_differences(a: str, b: str, every: bool, i2_s: str | None, as_json: bool) -> int:
+    """One row a tensor that is not equal, then one sentence; returns the exit code."""
+    from .difference import DIFFERENT, EQUAL, MISSING, ROUNDED, differences
+    from .progress import progress
+    from .sources import open_model
+
+    left, right = open_model(a, i2_s), open_model(b, i2_s)
+    with progress("diff", len(left.tensors), "tensors") as advance:
+        found = list(differences(left, right, advance))
+    counts = {status: sum(d.status == status for d in found) for status in (EQUAL, ROUNDED, DIFFERENT, MISSING)}
+    same = not counts[DIFFERENT] and not counts[MISSING]
+    if as_json:
+        rows = [vars(d) for d in found if every or d.status != EQUAL]
+        json.dump({"a": a, "b": b, "same": same, **counts, "tensors": rows}, sys.stdout, indent=1)
+        print()
+        return 0 if same else 1
+    shown = [d for d in found if every or d.status != EQUAL]
+    if shown:
+        table = Table("tensor", "A", "B", "", "largest difference", "relative (rms)")
+        for d in shown:
+            table.add_row(d.name, *d.forms, d.status, f"{d.largest:.3g}", f"{d.relative:.3g}")
+        _screen().print(table)
+    most = max(found, key=lambda d: d.relative)
+    verdict = "Different weights" if not same else "The same weights" + (" but for rounding" * bool(counts[ROUNDED]))
+    print(
+        f"{verdict}: {counts[EQUAL]} tensors are equal, {counts[ROUNDED]} equal but for rounding, {counts[DIFFERENT]} different, "
+        f"{counts[MISSING]} in one of the two only"
+        + (f"; most by {most.relative:.3g} of its size: {most.name}" if most.relative else "")
+    )
+    return 0 if same else 1
+
+
 def print_inspection(folder: str | None, linears: bool, as_json: bool) -> None:
     from .checkpoint import open_folder
     from .engine.load import bundled_folder

@@ -1,0 +1,119 @@
+"""``tritkit import``: a model from anywhere to a model folder. Every byte of weights stays what it was.
+
+GGUF's block types stay in their own bits; floats keep their dtype; q and k rows of llama.cpp's order are re-ordered.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import results
+from .checkpoint import ModelFolder, copy_companions, matrix_names, open_folder, write_folder
+from .files import atomic_open
+from .folderfacts import describe
+from .layouts import GGML, LAYOUTS
+from .progress import progress
+from .sources import HUB_ID, open_model
+from .tensorfile import LazyTensor, StoredTensor, write_tensors
+
+
+def import_model(
+    source: Path | str,
+    out: Path | str,
+    overwrite: bool = False,
+    i2_s: str | None = None,
+    tokenizer: Path | str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+) -> dict[str, Any]:
+    """Write the model ``source`` into the folder ``out`` and return what it is.
+
+    source: a Hugging Face folder, a GGUF file, a llama2.c checkpoint, or the id of a model on the Hugging Face hub
+    (owner/name), of which ``revision`` (a branch, tag or commit) is downloaded with ``token`` (none: the one that is
+    logged in). i2_s, tokenizer: see ``open_model``. ValueError for what tritkit cannot run, and nothing is written.
+    """
+    out = Path(out)
+    if (out / "config.json").exists() and not overwrite:
+        raise ValueError(f"{out} already holds a model; give another folder, or --overwrite")
+    path = Path(source)
+    if not path.exists() and HUB_ID.fullmatch(str(source)):
+        from .hub import download
+
+        path = download(str(source), revision, token)
+    elif not path.exists():
+        raise ValueError(f"there is no file or folder {source}, and it is no id of a model (owner/name) either")
+    model = open_model(path, i2_s, tokenizer)
+    if model.path.resolve() == out.resolve():
+        raise ValueError(f"{out} is the model itself; give another folder")
+    words = model.tokenizer()
+    tensors = {name: _lazy(model, name) for name in model.tensors}
+    out.mkdir(parents=True, exist_ok=True)
+    with progress(f"import {model.path.name}", len(tensors), "tensors") as advance:
+        if model.container == "folder":
+            write_tensors(out / "model.safetensors", tensors, {}, advance)
+            copy_companions(model.path, out)
+            for extra in sorted(model.path.glob("LICENSE*")):
+                shutil.copyfile(extra, out / extra.name)
+            with atomic_open(out / "config.json") as file:
+                json.dump(model.hf, file, indent=2)
+        else:
+            write_folder(out, model.config, tensors, words, model.layouts, advance)
+    written = open_folder(out)
+    _verify(model, written)
+    written.tokenizer()
+    metrics = describe(written)
+    settings = {"source": str(source), "container": model.container, "revision": revision}
+    with atomic_open(out / "tritkit.toml") as file:
+        lines = (f"{key} = {json.dumps(value)}\n" for key, value in settings.items() if value is not None)
+        file.write("[import]\n" + "".join(lines))
+    results.record(out, "import", settings, metrics, begins=True)
+    return metrics
+
+
+def _lazy(model: ModelFolder, name: str) -> LazyTensor:
+    """A tensor that is checked when it is copied: a scale that is not finite makes garbage of its whole block."""
+    stored = model.tensors[name]  # a view into the file, or a copy where rows are re-ordered: not kept
+
+    def make() -> np.ndarray:
+        tensor = model.tensors[name]
+        require_finite(model, name, tensor)
+        return tensor.array
+
+    return LazyTensor(stored.dtype, stored.array.shape, make)
+
+
+def require_finite(model: ModelFolder, name: str, tensor: StoredTensor) -> None:
+    """ValueError where a float, or the scale of a block, is NaN or infinite."""
+    module = name.removesuffix(".weight")
+    layout = model.layouts.get(module, "") if name.endswith(".weight") else ""
+    if layout in GGML:
+        odd = GGML[layout].nonfinite(model.packed(module))
+        what = f"{odd} blocks with a scale that is"
+    elif tensor.dtype in ("F64", "F32", "F16", "BF16"):
+        odd = int(np.count_nonzero(~np.isfinite(tensor.float32())))
+        what = f"{odd} values that are"
+    else:
+        return
+    if odd:
+        raise ValueError(f"{model.path}: {name} has {what} not finite: the file is damaged")
+
+
+def _verify(model: ModelFolder, written: ModelFolder) -> None:
+    """What was written is what was read, tensor by tensor."""
+    for name in model.tensors:
+        ours, theirs = written.tensors[name], model.tensors[name]
+        if ours.dtype != theirs.dtype or not np.array_equal(_bits(ours.array), _bits(theirs.array)):
+            raise OSError(f"{written.path} does not hold what was written to it: {name} differs")
+    if dict(written.layouts) != dict(model.layouts):
+        raise OSError(f"{written.path} does not hold what was written to it: its layouts differ")
+    assert all(layout in LAYOUTS for layout in written.layouts.values())
+    assert matrix_names(written.config) == matrix_names(model.config)
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
