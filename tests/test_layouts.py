@@ -172,6 +172,8 @@ def test_odd_files_are_refused(name):
             arrays["weight_scale"] = np.ones((3, 1), np.float32)
         with pytest.raises(ValueError, match="weight_scale"):
             layout.unpack(Packed(arrays), shape)
+    with pytest.raises(ValueError, match="made of bytes, but weight has dtype int8"):
+        layout.unpack(Packed({**good.arrays, "weight": good.arrays["weight"].view(np.int8)}), shape)
 
 
 @pytest.mark.parametrize("name", ["hf_bitlinear", "hf_autobitlinear", "i2_s_x86", "i2_s_arm"])
@@ -181,6 +183,22 @@ def test_the_fourth_field_value_is_no_code(name):
     packed.arrays["weight"][1, 3] |= 0b1100
     with pytest.raises(ValueError, match="code"):
         LAYOUTS[name].unpack(packed, shape)
+
+
+@pytest.mark.parametrize("name", BITS)
+def test_scales_that_are_no_number_are_refused(name):
+    shape = (8, columns(name, 16))
+    packed = LAYOUTS[name].pack(matrix(CAN_HOLD[name][0], shape))
+    for odd in (np.nan, np.inf, -np.inf):
+        packed.arrays["weight_scale"] = np.array([odd], np.float32)
+        with pytest.raises(ValueError, match="finite weight_scale"):
+            LAYOUTS[name].unpack(packed, shape)
+    packed.arrays["weight_scale"] = np.zeros(1, np.float32)
+    if name == "hf_bitlinear":
+        with pytest.raises(ValueError, match="divides by weight_scale, but it is 0"):
+            LAYOUTS[name].unpack(packed, shape)
+    else:
+        assert LAYOUTS[name].unpack(packed, shape).scale == 0
 
 
 @pytest.mark.parametrize("header", [[0, 0], [9, -1], [-1, 0], [4]])

@@ -84,6 +84,8 @@ class Layout(ABC):
         if len(found.shape) != len(shape) or any(s not in (-1, f) for s, f in zip(shape, found.shape, strict=True)):
             what = "bytes" if name == "weight" else "values"
             raise ValueError(f"{self.name} wants {name} of {shape} {what}, but it has {found.shape}")
+        if name == "weight" and found.dtype != np.uint8:
+            raise ValueError(f"{self.name} is made of bytes, but weight has dtype {found.dtype}")
         return found
 
     def _stored_scale(self, packed: Packed) -> np.ndarray:
@@ -92,4 +94,6 @@ class Layout(ABC):
         if scale is None or scale.size != 1:
             found = "none" if scale is None else f"{scale.size}"
             raise ValueError(f"{self.name} holds one weight_scale per matrix, but there are {found}")
+        if not np.isfinite(scale).all():
+            raise ValueError(f"{self.name} holds a finite weight_scale, but this one is {scale.item()}")
         return scale.astype(np.float32).reshape(1, 1)

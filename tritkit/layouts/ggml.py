@@ -41,7 +41,7 @@ class GgmlBlocks(Layout):
         return Packed({"weight": byte.reshape(len(matrix.codes), row_bytes)})
 
     def unpack(self, packed: Packed, shape: tuple[int, int]) -> Unpacked:
-        return self._unpack_blocks(self._blocks(packed, shape), shape)
+        return self._unpack_blocks(self._stored(packed, shape).reshape(-1, self.block_bytes), shape)
 
     def dequantize(self, packed: Packed, shape: tuple[int, int]) -> np.ndarray:
         """float32 [out, in], the bits that gguf.quants.dequantize gives."""
@@ -74,13 +74,7 @@ class GgmlBlocks(Layout):
     def _unpack_blocks(self, blocks: np.ndarray, shape: tuple[int, int]) -> Unpacked: ...
 
     def _stored(self, packed: Packed, shape: tuple[int, int]) -> np.ndarray:
-        byte = self._array(packed, "weight", (shape[0], self.row_bytes(shape[1])))
-        if byte.dtype != np.uint8:
-            raise ValueError(f"{self.name} is made of bytes, but weight has dtype {byte.dtype}")
-        return byte
-
-    def _blocks(self, packed: Packed, shape: tuple[int, int]) -> np.ndarray:
-        return self._stored(packed, shape).reshape(-1, self.block_bytes)
+        return self._array(packed, "weight", (shape[0], self.row_bytes(shape[1])))
 
     def _float16(self, values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
         """Numbers of the groups of a matrix of that shape as bytes [groups in all, 2]; those shared are repeated."""

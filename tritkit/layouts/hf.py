@@ -36,4 +36,6 @@ class HFBitNet(Layout):
         if (fields == 3).any():
             raise ValueError(f"{self.name} holds the codes -1, 0 and 1, but its bytes have a fourth code")
         scale = self._stored_scale(packed)
+        if self.divides and not scale.all():
+            raise ValueError(f"{self.name} divides by weight_scale, but it is 0")
         return Unpacked(fields.reshape(shape).astype(np.int16) - 1, 1 / scale if self.divides else scale)

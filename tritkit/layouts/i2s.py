@@ -12,8 +12,6 @@ Nothing in a file names its order, and one matrix cannot tell: the two readings 
 the same for each row. But columns stand for channels whose order other tensors know: see ``detect_i2s``.
 """
 
-from collections.abc import Iterable
-
 import numpy as np
 
 from .base import Layout, Packed, Unpacked
@@ -80,7 +78,7 @@ def column_activity(byte: np.ndarray, lanes: int) -> np.ndarray:
     return used.reshape(4, -1, lanes).swapaxes(0, 1).ravel() / len(byte)
 
 
-def detect_i2s(evidence: Iterable[tuple[np.ndarray, np.ndarray]]) -> str | None:
+def detect_i2s(evidence: list[tuple[np.ndarray, np.ndarray]]) -> str | None:
     """Which order the I2_S matrices of one model are in, "i2_s_x86" or "i2_s_arm"; None where it cannot be told.
 
     ``evidence`` has pairs of the bytes of a matrix [rows, cols / 4] and of any number for each of its input channels in
