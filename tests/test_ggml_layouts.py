@@ -8,10 +8,10 @@ import pytest
 gguf = pytest.importorskip("gguf")
 from gguf.quants import dequantize, quantize  # noqa: E402
 
-from tritkit.layouts import GGML, LAYOUTS, Packed, TwoLevels, Unpacked  # noqa: E402
+from tritkit.layouts import GGML, LAYOUTS, GgmlQuantizer, Packed, TwoLevels, Unpacked  # noqa: E402
 
 SHAPE = (5, 768)
-QUANTIZERS = [name for name, layout in GGML.items() if hasattr(layout, "quantize")]
+QUANTIZERS = [name for name, layout in GGML.items() if isinstance(layout, GgmlQuantizer)]
 K_QUANTS = ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
 
 
@@ -60,10 +60,13 @@ def test_values_are_ggufs_bit_for_bit(name):
 
 
 @pytest.mark.parametrize("name", GGML)
-def test_many_rows_are_made_floats_in_parts(name, monkeypatch):
-    monkeypatch.setattr("tritkit.layouts.ggml.CHUNK", 1000)
+def test_rows_that_are_taken_some_at_a_time(name, monkeypatch):
+    monkeypatch.setattr("tritkit.layouts.ggml.CHUNK", 2 * SHAPE[1])
     byte = random_bytes(name, finite=True)
     assert np.array_equal(theirs(name, byte), GGML[name].dequantize(Packed({"weight": byte}), SHAPE))
+    if name in QUANTIZERS:
+        w = weights()[: SHAPE[0]]
+        assert np.array_equal(quantize(w, type_of(name)), GGML[name].quantize(w).arrays["weight"])
 
 
 @pytest.mark.parametrize("name", GGML)

@@ -2,7 +2,7 @@
 
 from .base import Layout, Packed, TwoLevels, Unpacked
 from .dense import BinaryRows, Dense
-from .ggml import GgmlBlocks
+from .ggml import GgmlBlocks, GgmlQuantizer
 from .ggml_k import Q2K, Q3K, Q4K, Q5K, Q6K
 from .ggml_legacy import GgmlLegacy
 from .ggml_tq import TQ1, TQ2
@@ -36,6 +36,7 @@ __all__ = [
     "I2S",
     "LAYOUTS",
     "GgmlBlocks",
+    "GgmlQuantizer",
     "Layout",
     "Packed",
     "TwoLevels",

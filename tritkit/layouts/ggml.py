@@ -10,7 +10,7 @@ import numpy as np
 
 from .base import Layout, Packed, Unpacked
 
-CHUNK = 1 << 22  # weights that are made floats at once, so that what is made on the way stays small
+CHUNK = 1 << 18  # weights that are floats at once, so that what is made on the way stays small, and in the cache
 
 
 class GgmlBlocks(Layout):
@@ -47,11 +47,10 @@ class GgmlBlocks(Layout):
         """float32 [out, in], the bits that gguf.quants.dequantize gives."""
         byte = self._stored(packed, shape)
         values = np.empty(shape, np.float32)
-        step = max(CHUNK // max(shape[1], 1), 1)
-        for start in range(0, shape[0], step):
-            rows = byte[start : start + step]
+        for some in chunks(shape):
+            rows = byte[some]
             part = self.unpack(Packed({"weight": rows}), (len(rows), shape[1]))
-            y = values[start : start + step].reshape(len(rows), -1, self.group)
+            y = values[some].reshape(len(rows), -1, self.group)
             with np.errstate(invalid="ignore"):  # scales that are not finite are nonfinite's to report
                 np.multiply(part.codes.reshape(y.shape), part.scale[..., None], out=y, dtype=np.float32)
                 if part.offset is not None:
@@ -92,17 +91,46 @@ class GgmlBlocks(Layout):
         return np.ascontiguousarray(spread).reshape(-1, 1).view(np.uint8)
 
 
+class GgmlQuantizer(GgmlBlocks):
+    """A type that rounds weights block by block with a formula: the bytes of gguf.quants.quantize."""
+
+    def quantize(self, w: np.ndarray) -> Packed:
+        """Bytes of float32 [out, in]; ValueError for weights that are not finite or too large for float16 scales."""
+        byte = np.empty((len(w), self.row_bytes(w.shape[1])), np.uint8)
+        for some in chunks(w.shape):
+            x = np.ascontiguousarray(w[some], np.float32)
+            if not np.isfinite(x).all():
+                raise ValueError(
+                    f"{self.name} holds finite weights, but {int((~np.isfinite(x)).sum())} of these are not"
+                )
+            byte[some] = self._quantize_blocks(x.reshape(-1, self.block)).reshape(len(x), -1)
+        return Packed({"weight": byte})
+
+    @abstractmethod
+    def _quantize_blocks(self, x: np.ndarray) -> np.ndarray:
+        """uint8 [blocks, block_bytes] of float32 [blocks, block]."""
+
+    def _half_bytes(self, values: np.ndarray) -> np.ndarray:
+        """float32 scales [n, 1] rounded to float16, as bytes [n, 2]; ValueError where they do not fit."""
+        with np.errstate(over="ignore"):
+            half = values.astype("<f2")
+        if np.isinf(half).any():
+            largest = abs(values).max()
+            raise ValueError(
+                f"{self.name} holds scales as float16, at most 65504, but these weights want {largest:.6g}"
+            )
+        return half.view(np.uint8)
+
+
+def chunks(shape: tuple[int, ...]) -> list[slice]:
+    """Runs of rows of about CHUNK weights."""
+    step = max(CHUNK // max(shape[1], 1), 1)
+    return [slice(start, start + step) for start in range(0, shape[0], step)]
+
+
 def float32(half: np.ndarray) -> np.ndarray:
     """Bytes [n, 2] of float16 numbers as float32 [n, 1]."""
     return np.ascontiguousarray(half).view("<f2").astype(np.float32)
-
-
-def finite_float32(w: np.ndarray, name: str) -> np.ndarray:
-    """The weights that a quantiser takes, or ValueError."""
-    w = np.ascontiguousarray(w, np.float32)
-    if not np.isfinite(w).all():
-        raise ValueError(f"{name} holds finite weights, but {int((~np.isfinite(w)).sum())} of these are not")
-    return w
 
 
 def reciprocal(d: np.ndarray) -> np.ndarray:
@@ -110,12 +138,3 @@ def reciprocal(d: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore", over="ignore"):
         inverse = 1 / d
     return np.where(np.isfinite(inverse), inverse, np.float32(0))
-
-
-def half_bytes(d: np.ndarray, name: str) -> np.ndarray:
-    """float32 scales [n, 1] rounded to float16, as bytes [n, 2]; ValueError where they do not fit."""
-    with np.errstate(over="ignore"):
-        half = d.astype("<f2")
-    if np.isinf(half).any():
-        raise ValueError(f"{name} holds scales as float16, at most 65504, but these weights want {abs(d).max():.6g}")
-    return half.view(np.uint8)

@@ -7,12 +7,12 @@ q8_0 has d and then 32 int8. A weight is d * code (+ m), with codes around zero 
 
 import numpy as np
 
-from .base import Packed, Unpacked
+from .base import Unpacked
 from .fields import BITS, NIBBLES, join, split
-from .ggml import GgmlBlocks, finite_float32, float32, half_bytes, reciprocal
+from .ggml import GgmlQuantizer, float32, reciprocal
 
 
-class GgmlLegacy(GgmlBlocks):
+class GgmlLegacy(GgmlQuantizer):
     block = group = 32
 
     def __init__(self, bits: int, has_min: bool):
@@ -53,27 +53,23 @@ class GgmlLegacy(GgmlBlocks):
         offset = float32(blocks[:, 2:4]).reshape(groups) if self.has_min else None
         return Unpacked(codes.reshape(shape), float32(blocks[:, :2]).reshape(groups), offset)
 
-    def quantize(self, w: np.ndarray) -> Packed:
-        """Round float32 [out, in] as ggml's reference does: the bytes of gguf.quants.quantize."""
-        row_bytes = self.row_bytes(w.shape[1])
-        x = finite_float32(w, self.name).reshape(-1, self.block)
+    def _quantize_blocks(self, x: np.ndarray) -> np.ndarray:
         steps = np.float32(self.hi - self.lo)
         if self.has_min:
             low = x.min(axis=1, keepdims=True)
             d = (x.max(axis=1, keepdims=True) - low) / steps
             fields = np.trunc((x - low) * reciprocal(d) + np.float32(0.5))
-            halves = [half_bytes(d, self.name), half_bytes(low, self.name)]
+            halves = [self._half_bytes(d), self._half_bytes(low)]
         elif self.bits == 8:
             d = abs(x).max(axis=1, keepdims=True) / 127
             fields = round_half_away(x * reciprocal(d)) - self.lo
-            halves = [half_bytes(d, self.name)]
+            halves = [self._half_bytes(d)]
         else:  # the largest weight, whatever its sign, becomes the lowest code, of which there is one more
             largest = np.take_along_axis(x, abs(x).argmax(axis=1, keepdims=True), axis=1)
             d = largest / self.lo
             fields = np.trunc(x * reciprocal(d) + np.float32(0.5 - self.lo))
-            halves = [half_bytes(d, self.name)]
-        byte = self._bytes(halves, fields.clip(0, steps).astype(np.int16))
-        return Packed({"weight": byte.reshape(len(w), row_bytes)})
+            halves = [self._half_bytes(d)]
+        return self._bytes(halves, fields.clip(0, steps).astype(np.int16))
 
 
 def round_half_away(x: np.ndarray) -> np.ndarray:

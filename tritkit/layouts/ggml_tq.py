@@ -9,15 +9,15 @@ tq1_0, 54 bytes: a byte is a fraction of base 3, so that a digit is what a multi
 
 import numpy as np
 
-from .base import Packed, Unpacked
+from .base import Unpacked
 from .fields import CRUMBS, join, split
-from .ggml import GgmlBlocks, finite_float32, float32, half_bytes, reciprocal
+from .ggml import GgmlQuantizer, float32, reciprocal
 from .ggml_legacy import round_half_away
 
 RUNS = ((0, 32, 5), (32, 48, 5), (48, 52, 4))  # of tq1_0: first byte, end, digits in each
 
 
-class GgmlTernary(GgmlBlocks):
+class GgmlTernary(GgmlQuantizer):
     block = group = 256
     lo, hi = -1, 1
 
@@ -31,18 +31,15 @@ class GgmlTernary(GgmlBlocks):
         codes = self._split(blocks[:, :-2]).astype(np.int16) - 1
         return Unpacked(codes.reshape(shape), float32(blocks[:, -2:]).reshape(shape[0], shape[1] // self.block))
 
-    def quantize(self, w: np.ndarray) -> Packed:
-        """The bytes of gguf.quants.quantize: d is the largest weight of a block.
+    def _quantize_blocks(self, x: np.ndarray) -> np.ndarray:
+        """The largest weight of a block is its d.
 
         That loses nothing of weights that are ternary already, and is no good quantiser of others: below half of the
         largest weight all become zero.
         """
-        row_bytes = self.row_bytes(w.shape[1])
-        x = finite_float32(w, self.name).reshape(-1, self.block)
         d = abs(x).max(axis=1, keepdims=True)
         t = (round_half_away(x * reciprocal(d)) + 1).astype(np.uint8)
-        byte = np.concatenate([self._join(t), half_bytes(d, self.name)], axis=1)
-        return Packed({"weight": byte.reshape(len(w), row_bytes)})
+        return np.concatenate([self._join(t), self._half_bytes(d)], axis=1)
 
     def _join(self, t: np.ndarray) -> np.ndarray:
         raise NotImplementedError
