@@ -87,8 +87,8 @@ def detect_i2s(evidence: list[tuple[np.ndarray, list[np.ndarray]]]) -> str | Non
     in the right order and mostly does not in the wrong one, where three columns of four are elsewhere.
 
     A reference with correlation r over n columns is n/2 * log(1 / (1 - r^2)) in favour of an order, the likelihood
-    ratio of a straight line. Where nothing is related that is about a half, give or take as much, so the verdict wants a
-    lead that chance does not make over so many of them, and an order that explains at least twice what the other does.
+    ratio of a straight line. Where nothing is related that is about a half, give or take as much, so the verdict wants
+    a lead that chance does not make over so many, and an order that explains at least twice what the other does.
     """
     total = dict.fromkeys(LANES, 0.0)
     count = 0
