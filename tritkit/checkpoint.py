@@ -53,6 +53,18 @@ def linear_shape(config: ModelConfig, name: str) -> tuple[int, int]:
     return shapes[name.rsplit(".", 1)[1]]
 
 
+def norm_sizes(config: ModelConfig) -> dict[str, int]:
+    """The norms between the linears by name."""
+    heads = config.num_attention_heads * config.head_dim
+    sizes = {"input_layernorm": config.hidden_size, "post_attention_layernorm": config.hidden_size}
+    if config.sub_norms:
+        sizes |= {"self_attn.attn_sub_norm": heads, "mlp.ffn_sub_norm": config.intermediate_size}
+    if config.qk_norms:
+        sizes |= {"self_attn.q_norm": config.head_dim, "self_attn.k_norm": config.head_dim}
+    norms = {f"model.layers.{i}.{n}": size for i in range(config.num_hidden_layers) for n, size in sizes.items()}
+    return norms | {"model.norm": config.hidden_size}
+
+
 @dataclass(frozen=True)
 class ModelFolder:
     """An opened folder. ``layout`` is None where the linears are floats (full precision or latent)."""
@@ -66,6 +78,10 @@ class ModelFolder:
     @property
     def is_packed(self) -> bool:
         return self.layout is not None
+
+    def layout_of(self, name: str) -> str | None:
+        """The layout of one linear; None where it is floats."""
+        return self.layout if self.config.is_low_bit(name) else None
 
     def tokenizer(self) -> Tokenizer:
         """Its tokenizer; ValueError where it has more tokens than the model has rows."""
@@ -131,11 +147,29 @@ def open_folder(folder: Path | str) -> ModelFolder:
         if f"{name}.weight" not in tensors:
             raise ValueError(f"{folder} has no tensor {name}.weight: the weights do not fit config.json")
         found, wanted = tensors[f"{name}.weight"], linear_shape(config, name)
-        if layout is None and found.array.shape != wanted:
+        is_float = layout is None or not config.is_low_bit(name)
+        if is_float and found.array.shape != wanted:
             raise ValueError(f"{name}.weight has the shape {found.array.shape}, but config.json asks for {wanted}")
-        if layout is not None and f"{name}.weight_scale" not in tensors:
+        if not is_float and f"{name}.weight_scale" not in tensors:
             raise ValueError(f"{folder} has no tensor {name}.weight_scale, which the layout {layout} needs")
+    _require_known_tensors(folder, config, tensors)
     return ModelFolder(path, config, hf, layout, tensors)
+
+
+def _require_known_tensors(folder: Path | str, config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> None:
+    """ValueError for a tensor inside the layers that this model would not use: another architecture's norm or bias."""
+    linears = linear_names(config)
+    known = {f"{name}.rms_norm.weight" for name in linears if config.linear_norm_eps and config.is_low_bit(name)}
+    known |= {f"{name}.bias" for name in linears if config.has_bias(name)} | {f"{n}.weight" for n in norm_sizes(config)}
+    missing = next((name for name in sorted(known) if name not in tensors), None)
+    if missing:
+        raise ValueError(f"{folder} has no tensor {missing}: the weights do not fit config.json")
+    owners = set(linears)
+    for name in tensors:
+        owner, _, kind = name.rpartition(".")
+        is_linear = owner in owners and kind.startswith("weight")
+        if name.startswith("model.layers.") and not (is_linear or name in known or kind == "inv_freq"):
+            raise ValueError(f"{folder} has a tensor {name}, which config.json says nothing of: it is another model")
 
 
 def _formats_of(hf: dict[str, Any]) -> tuple[str | None, str | None, str | None]:
@@ -152,10 +186,11 @@ def _formats_of(hf: dict[str, Any]) -> tuple[str | None, str | None, str | None]
         return q.get("weights"), q.get("activations"), q.get("layout")
     if method != "bitnet":
         raise ValueError(f"config.json has quant_method {method!r}; tritkit reads 'bitnet' and 'tritkit'")
-    if q.get("use_rms_norm"):
-        raise ValueError("config.json has use_rms_norm = true (a norm in every linear), which tritkit does not run yet")
     linear_class = q.get("linear_class", "bitlinear")
-    if linear_class == "autobitlinear" and q.get("quantization_mode", "offline") == "online":
+    mode = q.get("quantization_mode", "offline")
+    if mode not in ("online", "offline"):
+        raise ValueError(f"config.json has quantization_mode {mode!r}; known are 'online' and 'offline'")
+    if linear_class == "autobitlinear" and mode == "online":
         return "ternary", "a8", None
     if linear_class not in ("bitlinear", "autobitlinear"):
         raise ValueError(f"config.json has linear_class {linear_class!r}; known are 'bitlinear' and 'autobitlinear'")
@@ -209,14 +244,19 @@ def write_folder(
 
 
 def _quantization_config(config: ModelConfig, layout: str | None) -> dict[str, Any]:
+    excluded = [*config.full_precision, "lm_head"] if config.full_precision else None
+    modules: dict[str, Any] = {"modules_to_not_convert": excluded and list(dict.fromkeys(excluded))}
+    if config.linear_norm_eps:
+        modules |= {"use_rms_norm": True, "rms_norm_eps": config.linear_norm_eps}
     if (config.weights, config.activations) == HF_FORMATS and layout in (None, "hf_autobitlinear"):
         return {
             "quant_method": "bitnet",
             "linear_class": "autobitlinear",
             "quantization_mode": "online" if layout is None else "offline",
-            "modules_to_not_convert": None,
+            **modules,
         }
-    return {"quant_method": "tritkit", "weights": config.weights, "activations": config.activations, "layout": layout}
+    formats = {"weights": config.weights, "activations": config.activations, "layout": layout}
+    return {"quant_method": "tritkit", **formats, **modules}
 
 
 def copy_companions(source: Path, target: Path) -> None:

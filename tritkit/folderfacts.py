@@ -28,7 +28,7 @@ def describe(folder: ModelFolder, per_linear: PerLinear | None = None) -> dict[s
 def code_shares(folder: ModelFolder) -> PerLinear:
     """Share of each code of -1, 0, +1 in every linear of a packed folder."""
     found = {}
-    for name in linear_names(folder.config) if folder.is_packed else ():
+    for name in (n for n in linear_names(folder.config) if folder.layout_of(n)):
         codes = folder.codes(name).codes
         found[name] = {share: float((codes == code).mean()) for share, code in SHARES.items()}
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +74,7 @@ def load(
 def decoder_weights(folder: ModelFolder) -> DecoderWeights:
     """The arrays of a folder as the native engine takes them, as views into the file wherever that is possible."""
     c = folder.config
+    inverse_frequencies, attention_factor = c.rope_frequencies()
     shape = DecoderShape(
         vocab_size=c.vocab_size,
         hidden_size=c.hidden_size,
@@ -82,13 +83,16 @@ def decoder_weights(folder: ModelFolder) -> DecoderWeights:
         num_heads=c.num_attention_heads,
         num_kv_heads=c.num_key_value_heads,
         head_dim=c.head_dim,
-        rope_theta=c.rope_theta,
+        inverse_frequencies=inverse_frequencies,
+        attention_factor=attention_factor,
         rms_norm_eps=c.rms_norm_eps,
         activation=c.hidden_act,
         sub_norms=c.sub_norms,
         context_length=c.max_position_embeddings,
+        qk_norms=c.qk_norms,
+        linear_norm_eps=c.linear_norm_eps,
     )
-    linears = _latent_linears(folder) if c.weights and not folder.is_packed else _stored_linears(folder)
+    linears = _linears(folder)
     layers = []
     for i in range(c.num_hidden_layers):
         at = f"model.layers.{i}."
@@ -99,6 +103,8 @@ def decoder_weights(folder: ModelFolder) -> DecoderWeights:
                 post_attention_norm=_norm(folder, at + "post_attention_layernorm"),
                 attn_sub_norm=_norm(folder, at + "self_attn.attn_sub_norm") if c.sub_norms else None,
                 ffn_sub_norm=_norm(folder, at + "mlp.ffn_sub_norm") if c.sub_norms else None,
+                q_norm=_norm(folder, at + "self_attn.q_norm") if c.qk_norms else None,
+                k_norm=_norm(folder, at + "self_attn.k_norm") if c.qk_norms else None,
             )
         )
     table = (c.vocab_size, c.hidden_size)
@@ -122,15 +128,21 @@ def _float_linear(tensor: StoredTensor, shape: tuple[int, int], name: str) -> Li
     return LinearWeights(FLOAT_LAYOUTS[tensor.dtype], raw, *shape)
 
 
-def _stored_linears(folder: ModelFolder) -> dict[str, LinearWeights]:
+def _linears(folder: ModelFolder) -> dict[str, LinearWeights]:
+    config = folder.config
+    latent = _latent_linears(folder) if config.weights and not folder.is_packed else {}
     found = {}
-    for name in linear_names(folder.config):
-        shape = linear_shape(folder.config, name)
-        if folder.layout is None:
-            found[name] = _float_linear(folder.tensors[f"{name}.weight"], shape, name)
+    for name in linear_names(config):
+        shape, layout = linear_shape(config, name), folder.layout_of(name)
+        if name in latent:
+            linear = latent[name]
+        elif layout is None:
+            linear = _float_linear(folder.tensors[f"{name}.weight"], shape, name)
         else:
-            arrays = folder.packed(name).arrays
-            found[name] = _packed_linear(folder.layout, arrays, shape, folder.config.activations)
+            linear = _packed_linear(layout, folder.packed(name).arrays, shape, config.activations)
+        bias = folder.tensors[f"{name}.bias"].float32() if config.has_bias(name) else None
+        norm = _norm(folder, f"{name}.rms_norm") if config.linear_norm_eps and config.is_low_bit(name) else None
+        found[name] = replace(linear, bias=bias, norm=norm)
     return found
 
 
