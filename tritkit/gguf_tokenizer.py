@@ -238,7 +238,7 @@ def _byte_level(tokens: list[str], merges: list[str], cut: pretokenizers.Cut) ->
         pairs.setdefault((left, right))
     return {
         "normalizer": None,
-        "pre_tokenizer": pretokenizers.to_json(cut),
+        "pre_tokenizer": pretokenizers.to_json(cut, pretokenizers.missing_bytes(ids)),
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {"type": "BPE", "vocab": ids, "merges": list(pairs), "ignore_merges": cut.ignore_merges},
     }

@@ -10,8 +10,12 @@ only within ASCII (tekken, gpt-4o).
 
 from __future__ import annotations
 
+import re
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
+
+from tokenizers import pre_tokenizers
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 CONTRACTIONS = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
@@ -43,15 +47,18 @@ DEEPSEEK_WORDS = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|"
 ) + SPACES
 CJK = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
+# Spaces among these characters are spaces only, to llama.cpp.
+POINTED = "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3001\u3002]+"
+ASIAN = "(?:(?=\\S)[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff])+"
 DEEPSEEK_LLM = (
     r"[\r\n]",
     DEEPSEEK_LETTERS,
-    "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3001\u3002]+",  # U+3000 is a space to llama.cpp
+    POINTED,
     r"\s+\z",
-    "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
+    ASIAN,
     r"\p{N}+",
 )
-DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+", r"\p{N}")
+DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", ASIAN, r"\p{N}")
 DEEPSEEK_V3 = (r"\p{N}{1,3}", CJK, DEEPSEEK_WORDS)
 FALCON = (r"[\p{P}\$\+<=>\^~\|`]+", GPT2, "[0-9][0-9][0-9]")
 DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]")
@@ -112,6 +119,8 @@ SPELLINGS = {
     TEKKEN.replace(CASED % ("", ""), HF_CASED % ("", "")): TEKKEN,
     GPT4O.replace(CASED % ((CONTRACTIONS + "?",) * 2), HF_CASED % ((ANY_CASE + "?",) * 2)): GPT4O,
     r"\s+$": r"\s+\z",
+    POINTED.replace("\u3001\u3002", "\u3000-\u3002"): POINTED,
+    "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+": ASIAN,
 }
 
 
@@ -121,14 +130,25 @@ def cut_of(name: str) -> Cut:
     return PRETOKENIZERS[name]
 
 
-def to_json(cut: Cut) -> dict[str, Any]:
-    """The cut, then bytes as printable characters, as tokenizer.json writes it."""
+def missing_bytes(vocabulary: Container[str]) -> str:
+    """The bytes of UTF-8, as printable characters, that are no tokens. Text loses them, and nothing joins across them."""
+    never = "\u00c0\u00c1\u00f5\u00f6\u00f7\u00f8\u00f9\u00fa\u00fb\u00fc\u00fd\u00fe\u00ff"  # not in UTF-8
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    return "".join(c for c in alphabet if c not in vocabulary and c not in never)
+
+
+def to_json(cut: Cut, missing: str) -> dict[str, Any]:
+    """The cut, then bytes as printable characters, then without the missing ones, as tokenizer.json writes it."""
     *first, last = cut.patterns
     splits = first if last == GPT2 else cut.patterns
     steps: list[dict[str, Any]] = [
         {"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": False} for p in splits
     ]
     steps.append({"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": last == GPT2})
+    if missing:
+        steps.append(
+            {"type": "Split", "pattern": {"Regex": f"[{re.escape(missing)}]"}, "behavior": "Removed", "invert": False}
+        )
     return steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": steps}
 
 
@@ -136,6 +156,8 @@ def patterns_of(tree: dict[str, Any] | None) -> tuple[str, ...]:
     """The other way: the expressions of a tokenizer.json's pre-tokenizer that ends in bytes. ValueError if it does
     anything else."""
     steps = [] if tree is None else tree["pretokenizers"] if tree["type"] == "Sequence" else [tree]
+    if steps and (steps[-1].get("behavior"), steps[-1].get("invert")) == ("Removed", False):
+        steps = steps[:-1]  # of bytes that are no tokens: ``to_json`` puts it there
     if not steps or steps[-1]["type"] != "ByteLevel":
         raise ValueError("its pre-tokenizer does not end in bytes (ByteLevel)")
     found = []
