@@ -320,7 +320,8 @@ def write_folder(
     path.mkdir(parents=True, exist_ok=True)
     write_tensors(path / "model.safetensors", tensors, {}, advance)
     tokenizer.save(path)
-    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    stops = tokenizer.stop_ids
+    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops if len(stops) > 1 else tokenizer.eos_id}
     with atomic_open(path / "generation_config.json") as file:
         json.dump({**special, "do_sample": True, "temperature": 0.8}, file, indent=2)
     embedding = tensors[f"{EMBEDDING}.weight"].dtype
