@@ -31,7 +31,7 @@ PARAGRAPHS = [
     "a\r\n b\t\tc \n d",
     "The capital of France is Paris. It's 3.14159, isn't it? WE'LL SEE; I'M sure they'Ve gone'd 're 'Tis",
     "' '' ''' 's 'S '\u017f 'LL 'll 'rE 'tis\u00a0\u00a0't",
-    'def f(x: int) -> str:\n    return f"{x!r:>10}"  # comment\n\n\nif __name__ == \'__main__\':\n\tf(12345678)\n',
+    "def f(x: int) -> str:\n    return f\"{x!r:>10}\"  # comment\n\n\nif __name__ == '__main__':\n\tf(12345678)\n",
     "1 12 123 1234 12345 123456 1,234,567.89 \u00bd \u00b2 \u0663 \u096a\u096b\u096c \u2167 \u2460",
     "Caf\u00e9 na\u00efve \u00dcn\u00efc\u00f6d\u00e9 \u00df \u0130 \u0131 \ufb01 \u212a \u212b \u00c9COLE \u00e9cole camelCase \u01c5 \u02b0",
     "日本語の文章です。漢字カタカナ\u3000全角スペース！？ 한국어 문장입니다. 中文，标点。",

@@ -276,7 +276,7 @@ def _layouts_of(hf: dict[str, Any], config: ModelConfig) -> dict[str, str]:
         return {}
     if linear_class not in ("bitlinear", "autobitlinear"):
         raise ValueError(f"config.json has linear_class {linear_class!r}; known are 'bitlinear' and 'autobitlinear'")
-    return dict.fromkeys(linear_names(config), f"hf_{linear_class}")
+    return dict.fromkeys(low_bit, f"hf_{linear_class}")
 
 
 class _Shards(dict[str, StoredTensor]):

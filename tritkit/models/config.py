@@ -41,6 +41,7 @@ class ModelConfig:
     attention_bias: bool = False  # biases of q, k, v and o; qwen2 has those of q, k and v anyway
     mlp_bias: bool = False
     full_precision: tuple[str, ...] = ()  # patterns of the linears that stay floats: modules_to_not_convert
+    gate: str = ""  # activation of the gate, "silu" or "relu2"; "": the family's
     linear_norm_eps: float = 0.0  # above 0: each low-bit linear normalises its input first (use_rms_norm)
 
     def __post_init__(self) -> None:
@@ -70,8 +71,8 @@ class ModelConfig:
             raise ValueError(f"rotary embedding needs an even head size, but model.head_dim {self.head_dim} is none")
         if self.sub_norms and self.head_dim * self.num_attention_heads != self.hidden_size:
             raise ValueError(
-                f"the {self.family} family needs heads that make up the hidden size, but model.head_dim "
-                f"{self.head_dim} times {self.num_attention_heads} heads is not {self.hidden_size}"
+                f"model.head_dim is {self.head_dim}, but the {self.family} family has a norm as wide as the hidden size: "
+                f"expected {self.hidden_size} / {self.num_attention_heads} heads"
             )
         if not 1 < self.rope_theta < float("inf"):
             raise ValueError(f"model.rope_theta must be above 1, not {self.rope_theta}")
@@ -81,10 +82,13 @@ class ModelConfig:
             if getattr(self, name) and name not in FAMILIES[self.family].biases:
                 raise ValueError(f"model.{name} is true, but the {self.family} family has no such biases")
         _require_sane(self.full_precision)
+        acts = (FAMILIES[self.family].hidden_act, *FAMILIES[self.family].other_acts)
+        if self.hidden_act not in acts:
+            raise ValueError(f"model.gate is {self.gate!r}; the {self.family} family has {' or '.join(acts)}")
 
     @property
     def hidden_act(self) -> str:
-        return FAMILIES[self.family].hidden_act
+        return self.gate or FAMILIES[self.family].hidden_act
 
     @property
     def sub_norms(self) -> bool:
@@ -112,7 +116,7 @@ class ModelConfig:
     def to_hf(self) -> dict[str, Any]:
         """The entries of config.json, without quantization_config (the container knows how it is stored)."""
         family = FAMILIES[self.family]
-        own = {"family", "weights", "activations", "rope", "full_precision", "linear_norm_eps"}
+        own = {"family", "weights", "activations", "rope", "full_precision", "linear_norm_eps", "gate"}
         own |= {"attention_bias", "mlp_bias"} - set(family.biases)
         values = {k: v for k, v in asdict(self).items() if k not in own}
         rope = self.rope.to_hf(self.rope_theta)
@@ -180,6 +184,8 @@ def config_from_hf(hf: dict[str, Any], weights: str | None, activations: str | N
     rope, theta = rope_from_hf(hf, values["max_position_embeddings"])
     values["rope_theta"] = values["rope_theta"] if theta is None else theta
     values |= _quantized_modules(hf, weights)
+    act = hf.get("hidden_act") or family.hidden_act
+    values["gate"] = "" if act == family.hidden_act else act
     return ModelConfig(family=kind, weights=weights, activations=activations, rope=rope, **values)
 
 
@@ -191,7 +197,7 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
 
 def _require_known_maths(hf: dict[str, Any], kind: str, family: Family) -> None:
     act = hf.get("hidden_act") or family.hidden_act
-    if act != family.hidden_act:
+    if act not in (family.hidden_act, *family.other_acts):
         raise ValueError(f"config.json has hidden_act {act!r}; the {kind} family has {family.hidden_act!r}")
     architectures = hf.get("architectures") or [family.architecture]
     known = (family.architecture.lower(), OWN_ARCHITECTURE.lower())

@@ -13,6 +13,7 @@ from typing import Any
 class Family:
     architecture: str  # the class that transformers loads
     hidden_act: str = "silu"
+    other_acts: tuple[str, ...] = ()  # that it may have as well
     sub_norms: bool = False  # norms before o_proj and down_proj
     qk_norms: bool = False  # norms of each query and key head, before they are rotated
     qkv_bias: bool = False  # q, k and v always have biases
@@ -52,6 +53,7 @@ FAMILIES: dict[str, Family] = {
     "bitnet": Family(
         "BitNetForCausalLM",
         hidden_act="relu2",
+        other_acts=("silu",),  # the models of 1bitLLM, and all that mainline llama.cpp calls bitnet
         sub_norms=True,
         biases=("attention_bias",),
         defaults={
