@@ -11,33 +11,45 @@ constexpr int kStripQuads = kStripColumns / 4;
 
 int ceil_div(int n, int d) { return (n + d - 1) / d; }
 
-/// One plane of a strip: `bits` bits of each code from `shift` on.
-uint8_t* pack_plane(const uint8_t (*quads)[kBlockBytes], int bits, int shift, uint8_t* out) {
-    const int fields = 8 / bits;
-    for (int q = 0; q < kStripQuads; q += fields, out += kBlockBytes) {
-        for (int i = 0; i < kBlockBytes; ++i) {
-            unsigned byte = 0;
-            for (int f = 0; f < fields; ++f) byte |= (quads[q + f][i] >> shift & ((1u << bits) - 1)) << (bits * f);
-            out[i] = static_cast<uint8_t>(byte);
+/// One plane of some strips: `bits` bits of each code from `shift` on. The planes of a strip lie together.
+template <int bits, int shift>
+void pack_plane(const uint8_t (*quads)[kBlockBytes], int strips, ptrdiff_t strip_bytes, uint8_t* out) {
+    constexpr int fields = 8 / bits;
+    constexpr unsigned mask = (1u << bits) - 1;
+    for (int s = 0; s < strips; ++s, out += strip_bytes) {
+        uint8_t* to = out;
+        for (int q = 0; q < kStripQuads; q += fields, quads += fields, to += kBlockBytes) {
+            for (int i = 0; i < kBlockBytes; ++i) {
+                unsigned byte = 0;
+                for (int f = 0; f < fields; ++f) byte |= (quads[f][i] >> shift & mask) << (bits * f);
+                to[i] = static_cast<uint8_t>(byte);
+            }
         }
     }
-    return out;
+}
+
+void pack_planes(const GroupLayout& g, const SpanCodes& codes, int strips, uint8_t* out) {
+    const ptrdiff_t bytes = g.strip_blocks() * kBlockBytes;
+    const int low = g.low_bits(), high = g.strip_blocks() - low;
+    if (low == 2) pack_plane<2, 0>(codes.quads, strips, bytes, out);
+    if (low == 4) pack_plane<4, 0>(codes.quads, strips, bytes, out);
+    if (low == 8) pack_plane<8, 0>(codes.quads, strips, bytes, out);
+    uint8_t* const second = out + low * kBlockBytes;
+    if (low == 2 && high == 1) pack_plane<1, 2>(codes.quads, strips, bytes, second);
+    if (low == 4 && high == 1) pack_plane<1, 4>(codes.quads, strips, bytes, second);
+    if (low == 4 && high == 2) pack_plane<2, 4>(codes.quads, strips, bytes, second);
 }
 
 /// A whole tile, where there are zeros; false if the source has what the layout cannot hold.
 bool pack_tile(const GroupSource& source, const GroupLayout& g, int tile, uint8_t* out) {
-    const int low = g.low_bits(), high = g.strip_blocks() - low;
     bool good = true;
     for (int begin = 0; begin < g.columns; begin = g.span_end(begin)) {
-        const int end = g.span_end(begin);
+        const int end = g.span_end(begin), strips = (end - begin) / kStripColumns;
         SpanCodes codes{};
         good = source.read_span(tile, begin, end, out, codes) && good;
         out += g.header_bytes(begin, end);
-        for (int k = begin; k < end; k += kStripColumns) {
-            const auto quads = codes.quads + (k - begin) / 4;
-            out = pack_plane(quads, low, 0, out);
-            if (high) out = pack_plane(quads, high, low, out);
-        }
+        pack_planes(g, codes, strips, out);
+        out += static_cast<ptrdiff_t>(strips) * g.strip_blocks() * kBlockBytes;
     }
     return good;
 }

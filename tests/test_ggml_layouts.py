@@ -206,6 +206,8 @@ def test_codes_and_scales_that_do_not_fit_are_refused(name):
         layout.pack(Unpacked(m.codes, np.full((1, 1), 0.1, np.float32), m.offset))
     with pytest.raises(ValueError, match="do not share out"):
         layout.pack(Unpacked(m.codes, np.ones((5, SHAPE[1] // layout.group * 2), np.float32), m.offset))
+    with pytest.raises(ValueError, match="do not share out"):
+        layout.pack(Unpacked(m.codes, np.ones((5, 0), np.float32), m.offset))
     if m.offset is None:
         with pytest.raises(ValueError, match="no offsets"):
             layout.pack(Unpacked(m.codes, m.scale, m.scale))

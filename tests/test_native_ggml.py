@@ -219,14 +219,14 @@ def test_what_does_not_fit_is_refused():
     refused("has activations 'a8', expected a8_g32$", activations="a8")
     odd = dataclasses.replace(weights, shape=dataclasses.replace(weights.shape, hidden_size=200))
     table = dataclasses.replace(weights.embedding, layout="q4_k", cols=200)
-    with pytest.raises(ValueError, match="^embedding has 200 columns, but q4_k has blocks of 256$"):
+    with pytest.raises(ValueError, match=r"^embedding has 200 columns, but q4_k has blocks of 256$"):
         check(dataclasses.replace(odd, embedding=table))
     table = LinearWeights("tq2_0", np.zeros((97, 66), np.uint8), 97, 256, 1.0, "a8")
-    with pytest.raises(ValueError, match="^embedding has activations 'a8', expected a8_g32$"):
+    with pytest.raises(ValueError, match=r"^embedding has activations 'a8', expected a8_g32$"):
         check(dataclasses.replace(weights, embedding=table))
-    with pytest.raises(ValueError, match="^q4_k has blocks of 256 columns, which does not divide 200$"):
+    with pytest.raises(ValueError, match=r"^q4_k has blocks of 256 columns, which does not divide 200$"):
         _native.RowTable("q4_k", np.zeros((1, 144), np.uint8), 1, 200, 1.0)
-    with pytest.raises(ValueError, match="^data has 143 bytes, expected 144 for q4_k"):
+    with pytest.raises(ValueError, match=r"^data has 143 bytes, expected 144 for q4_k"):
         _native.RowTable("q4_k", np.zeros((1, 143), np.uint8), 1, 256, 1.0)
 
 

@@ -336,6 +336,58 @@ def import_(arguments: list[str]) -> int:
     return 0
 
 
+def export(arguments: list[str]) -> int:
+    """a model to a GGUF file, or to a folder for transformers"""
+    parser = parser_of(
+        "export",
+        "Write MODEL as a GGUF file (OUT ends in .gguf) for llama.cpp, bitnet.cpp or ik_llama.cpp, or as a folder\n"
+        "that transformers loads without tritkit. It is read back and compared before it gets its name.",
+        "tritkit export models/mine mine.gguf --type tq2_0\n  tritkit export models/mine mine-hf --to hf-bitlinear",
+    )
+    parser.add_argument("model", metavar="MODEL", help="a model folder, GGUF file or llama2.c file")
+    parser.add_argument("out", metavar="OUT", help="FILE.gguf or a folder")
+    parser.add_argument(
+        "--type",
+        help="GGUF: type of the linears: f32, f16, bf16, q4_0, q4_1, q5_0, q5_1, q8_0, tq1_0, tq2_0 or i2_s "
+        "(default: what they are; ternary ones tq2_0)",
+    )
+    parser.add_argument(
+        "--embedding-type", help="GGUF: type of embedding and head (default: the type; with tq q8_0, with i2_s f16)"
+    )
+    parser.add_argument(
+        "--to",
+        choices=("hf-bitlinear", "hf-autobitlinear", "bf16", "float16", "float32"),
+        help="folder: ternary codes with scales that divide or multiply, or plain floats",
+    )
+    parser.add_argument("--i2-s", choices=("x86", "arm"), default="x86", help="order of I2_S codes (default x86)")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT")
+    options = parser.parse_args(arguments)
+    from .sources import open_model
+    from .tables import print_export
+
+    if options.out.endswith(".gguf"):
+        if options.to is not None:
+            raise ValueError(f"--to {options.to} makes a folder, but {options.out} is a file; --type chooses its type")
+        from .gguf_export import export_gguf
+
+        report = export_gguf(
+            open_model(options.model),
+            options.out,
+            options.type,
+            options.embedding_type,
+            options.overwrite,
+            options.i2_s == "arm",
+        )
+    else:
+        if options.to is None or options.type is not None or options.embedding_type is not None:
+            raise ValueError(f"{options.out} would be a folder: say --to ... for one, or OUT.gguf for a GGUF file")
+        from .hf_export import export_hf
+
+        report = export_hf(open_model(options.model), options.out, options.to, options.overwrite)
+    print_export(options.out, report)
+    return 0
+
+
 def diff(arguments: list[str]) -> int:
     """the same weights? tensor by tensor, whatever the containers"""
     parser = parser_of(
@@ -395,6 +447,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "eval": evaluate,
     "bench": bench,
     "import": import_,
+    "export": export,
     "compare": compare,
     "inspect": inspect,
     "diff": diff,

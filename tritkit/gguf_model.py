@@ -17,7 +17,7 @@ import numpy as np
 
 from .checkpoint import OWN, ModelFolder, linear_names, quantization_config, require_complete
 from .gguf import GGUFFile, GGUFTensor
-from .layouts import GGML
+from .layouts import GGML, Packed
 from .layouts.i2s import detect_i2s, layer_evidence
 from .models.config import ModelConfig, config_from_hf
 from .tensorfile import StoredTensor
@@ -256,8 +256,11 @@ def one_scale(layout: str, blocks: np.ndarray) -> float | None:
     """
     if not layout.startswith("tq"):
         return 1.0
-    size = GGML[layout].block_bytes
-    scales = blocks.reshape(-1, size)[:, -2:].copy().view(np.float16)
+    blocks = blocks.reshape(-1, GGML[layout].block_bytes)
+    scales = np.ascontiguousarray(blocks[:, -2:]).view(np.float16)[:, 0]
+    empty = blocks[scales == 0]
+    if len(empty) and GGML[layout].unpack(Packed({"weight": empty}), (len(empty), GGML[layout].block)).codes.any():
+        return None  # codes that a scale of zero makes zero
     scales = scales[scales != 0]
     if not len(scales):
         return 0.0

@@ -162,6 +162,15 @@ def print_comparison(folders: list[str], every: bool, as_json: bool) -> None:
     _screen().print(table)
 
 
+def print_export(out: str, report: dict[str, Any]) -> None:
+    """What was written, and a sentence for each thing that a user should know of it."""
+    types = ", ".join(f"{count} {name}" for name, count in report.get("types", {}).items())
+    facts = {"matrices": types, **{k: v for k, v in report.items() if k not in ("types", "notes")}}
+    print_metrics(out, {k: v for k, v in facts.items() if v})
+    for note in report["notes"]:
+        _screen().print(note, soft_wrap=True, highlight=False)
+
+
 def print_differences(a: str, b: str, every: bool, i2_s: str | None, as_json: bool) -> int:
     """One row a tensor that is not equal, then one sentence; returns the exit code."""
     from .difference import DIFFERENT, EQUAL, MISSING, ROUNDED, differences
@@ -187,8 +196,8 @@ def print_differences(a: str, b: str, every: bool, i2_s: str | None, as_json: bo
     most = max(found, key=lambda d: d.relative)
     verdict = "Different weights" if not same else "The same weights" + (" but for rounding" * bool(counts[ROUNDED]))
     print(
-        f"{verdict}: {counts[EQUAL]} tensors are equal, {counts[ROUNDED]} equal but for rounding, {counts[DIFFERENT]} different, "
-        f"{counts[MISSING]} in one of the two only"
+        f"{verdict}: {counts[EQUAL]} tensors are equal, {counts[ROUNDED]} equal but for rounding, "
+        f"{counts[DIFFERENT]} different, {counts[MISSING]} in one of the two only"
         + (f"; most by {most.relative:.3g} of its size: {most.name}" if most.relative else "")
     )
     return 0 if same else 1

@@ -13,8 +13,8 @@ from tritkit.memory import available_memory
 
 CHUNK = 256  # tokens in one native call: short enough that Ctrl-C is heard, long enough to be efficient
 LARGE_HEAD = 2**24  # bytes
-# Forms of the output head -> bits of its copy (0: none). float: the weights as they are, be it in blocks; screen: 4 bits say which
-# logits could be high, and these are computed from the weights as they are.
+# Forms of the output head -> bits of its copy (0: none). float: the weights as they are stored, in blocks or not;
+# screen: 4 bits say which logits could be high, and these are computed from the weights as they are.
 HEADS = {"float": 0, "int8": 8, "int6": 6, "int4": 4, "screen": 4}
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 NORMS = ("input_norm", "post_attention_norm", "attn_sub_norm", "ffn_sub_norm")

@@ -79,7 +79,7 @@ class GgmlBlocks(Layout):
         """Numbers of the groups of a matrix of that shape as bytes [groups in all, 2]; those shared are repeated."""
         groups = shape[1] // self.group
         rows, given = values.shape
-        if rows not in (1, shape[0]) or groups % given:
+        if rows not in (1, shape[0]) or not given or groups % given:
             raise ValueError(
                 f"{self.name} has a scale for {self.group} columns; {values.shape} do not share out {shape}"
             )

@@ -69,39 +69,44 @@ class I2S(Layout):
 def row_activity(byte: np.ndarray) -> np.ndarray:
     """Share of the weights of each row that are not zero: float64 [rows]. The order of the columns does not matter."""
     used = sum(np.count_nonzero((byte >> shift & 3) != 1, axis=1) for shift in HIGH_FIRST)
-    return used / (4 * byte.shape[1])
+    return used / max(4 * byte.shape[1], 1)
 
 
-def column_activity(byte: np.ndarray, lanes: int) -> np.ndarray:
-    """Share of the weights of each column that are not zero, in one of the two orders: float64 [cols]."""
-    used = np.stack([np.count_nonzero((byte >> shift & 3) != 1, axis=0) for shift in HIGH_FIRST])
-    return used.reshape(4, -1, lanes).swapaxes(0, 1).ravel() / len(byte)
+def column_activity(byte: np.ndarray) -> dict[str, np.ndarray]:
+    """Share of the weights of each column that are not zero, in each of the two orders: float64 [cols]."""
+    used = np.stack([np.count_nonzero((byte >> shift & 3) != 1, axis=0) for shift in HIGH_FIRST]) / max(len(byte), 1)
+    return {name: used.reshape(4, -1, lanes).swapaxes(0, 1).ravel() for name, lanes in LANES.items()}
 
 
-def detect_i2s(evidence: list[tuple[np.ndarray, np.ndarray]]) -> str | None:
+def detect_i2s(evidence: list[tuple[np.ndarray, list[np.ndarray]]]) -> str | None:
     """Which order the I2_S matrices of one model are in, "i2_s_x86" or "i2_s_arm"; None where it cannot be told.
 
-    ``evidence`` has pairs of the bytes of a matrix [rows, cols / 4] and of any number for each of its input channels in
-    their true order: the norm in front of it, or ``row_activity`` of a matrix that makes these channels or adds to
+    ``evidence`` has the bytes of matrices [rows, cols / 4], each with references: any numbers for its input channels in
+    their true order, as the norm in front of it, or ``row_activity`` of a matrix that makes these channels or adds to
     them. Training ties such a number to how many weights read the channel, so it correlates with ``column_activity``
     in the right order and mostly does not in the wrong one, where three columns of four are elsewhere.
 
-    A pair with correlation r over n columns is n/2 * log(1 / (1 - r^2)) in favour of its order (the likelihood ratio
-    of a straight line). Where nothing is related that is about a half, give or take as much, so the verdict wants a
-    lead that chance does not make over so many pairs, and an order that explains at least twice what the other does.
+    A reference with correlation r over n columns is n/2 * log(1 / (1 - r^2)) in favour of an order, the likelihood
+    ratio of a straight line. Where nothing is related that is about a half, give or take as much, so the verdict wants
+    a lead that chance does not make over so many, and an order that explains at least twice what the other does.
     """
     total = dict.fromkeys(LANES, 0.0)
-    pairs = 0
-    for byte, reference in evidence:
-        if len(reference) != 4 * byte.shape[1] or len(reference) % 128:
-            continue  # in such a row the two orders are no order of columns, or the number belongs to others
-        pairs += 1
-        for name, lanes in LANES.items():
-            r = _correlation(column_activity(byte, lanes), reference)
-            total[name] -= 0.5 * len(reference) * np.log1p(-min(r * r, 1 - 1e-12))
+    count = 0
+    for byte, references in evidence:
+        cols = 4 * byte.shape[1]
+        if cols % 128:
+            continue  # here the two orders do not differ by one order of columns
+        activity = column_activity(byte)
+        for reference in references:
+            if len(reference) != cols:
+                continue  # it belongs to other channels
+            count += 1
+            for name in total:
+                r = _correlation(activity[name], reference)
+                total[name] -= 0.5 * cols * np.log1p(-min(r * r, 1 - 1e-12))
     best, other = sorted(total, key=lambda name: -total[name])
     lead = total[best] - total[other]
-    return best if lead > 20 + 5 * pairs**0.5 and lead > total[other] else None
+    return best if lead > 20 + 5 * count**0.5 and lead > total[other] else None
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:
@@ -127,14 +132,18 @@ MAKERS = {name: RESIDUAL for name in NORMS if name not in RESIDUAL} | {
 }
 
 
-def layer_evidence(linears: dict[str, np.ndarray], norms: dict[str, np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+def layer_evidence(
+    linears: dict[str, np.ndarray], norms: dict[str, np.ndarray]
+) -> list[tuple[np.ndarray, list[np.ndarray]]]:
     """What ``detect_i2s`` wants of one layer: bytes of its linears and its norms, under their names in the layer.
 
     ``linears["mlp.down_proj"]`` is uint8 [rows, cols / 4]; ``norms["input_layernorm"]`` is float [cols].
     """
+    rows = {name: row_activity(byte) for name, byte in linears.items()}
     found = []
     for name, byte in linears.items():
+        references = [rows[maker] for maker in MAKERS.get(name, ()) if maker in rows]
         if NORMS.get(name) in norms:
-            found.append((byte, norms[NORMS[name]]))
-        found += [(byte, row_activity(linears[maker])) for maker in MAKERS.get(name, ()) if maker in linears]
+            references.append(norms[NORMS[name]])
+        found.append((byte, references))
     return found

@@ -1,0 +1,86 @@
+"""Whether a GGUF file holds the model that it was written from: opened as a stranger would, row by row.
+
+The bounds are those of the types' definitions, not of our code of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from .checkpoint import ModelFolder, matrix_shape
+from .gguf_model import open_gguf
+from .layouts import GGML, LAYOUTS, Packed
+
+SAMPLE = 16  # rows of each matrix that are read back
+
+
+def verify(
+    model: ModelFolder,
+    path: Path,
+    names: Iterable[str],
+    types: Mapping[str, str],
+    i2_s: str,
+    advance: Callable[[], None],
+) -> None:
+    """Compare tensors by name, of matrices some rows within the error of their type; OSError says where they differ."""
+    written = open_gguf(path, i2_s)
+    generator = np.random.default_rng(0)
+    for name in names:
+        module = name.removesuffix(".weight")
+        if module in types:
+            rows = np.sort(generator.permutation(matrix_shape(model.config, module)[0])[:SAMPLE])
+            wanted, found = rows_of(model, module, rows), rows_of(written, module, rows)
+            error, allowed = np.abs(found - wanted), largest_error(types[module], wanted)
+        else:
+            wanted, found = model.tensors[name].float32(), written.tensors[name].float32()
+            error, allowed = np.abs(found - wanted), np.zeros_like(wanted)
+        if not (error <= allowed).all():
+            at = np.unravel_index(int(np.argmax(error - allowed)), error.shape)
+            raise OSError(
+                f"{name} does not read back as it was written: {found[at]:.6g} instead of {wanted[at]:.6g}; "
+                "the file was removed"
+            )
+        advance()
+    ours, theirs = model.config.to_hf(), written.config.to_hf()
+    for key in ("hidden_size", "num_hidden_layers", "rope_parameters", "rms_norm_eps", "hidden_act"):
+        if ours.get(key) != theirs.get(key):
+            raise OSError(f"{key} does not read back as it was written: {theirs.get(key)} instead of {ours.get(key)}")
+
+
+def rows_of(model: ModelFolder, name: str, rows: np.ndarray) -> np.ndarray:
+    """Some rows of a matrix as float32. Only these are decoded where a layout keeps rows apart."""
+    layout = model.layouts.get(name)
+    if layout is None:
+        stored = model.tensors[f"{name}.weight"]
+        return stored._replace(array=stored.array[rows]).float32()
+    if layout in GGML or layout.startswith("i2_s"):
+        packed = model.packed(name)
+        part = Packed({**packed.arrays, "weight": packed.arrays["weight"][rows]})
+        return LAYOUTS[layout].dequantize(part, (len(rows), matrix_shape(model.config, name)[1]))
+    return model.floats(name)[rows]
+
+
+def largest_error(kind: str, values: np.ndarray) -> np.ndarray:
+    """How far rounding to a type may be from each value, by the type's definition and not by our code of it."""
+    size = np.abs(values)
+    if kind == "f32":
+        return np.zeros_like(values)
+    if kind in ("f16", "bf16", "tq1_0", "tq2_0", "i2_s"):  # float16 has 11 bits, below 2^-14 fewer; bfloat16 has 8
+        return size * (2.0**-8 if kind == "bf16" else 2.0**-11) + (0 if kind == "bf16" else 2.0**-25)
+    blocks = values.reshape(*values.shape[:-1], -1, GGML[kind].block)
+    widest = np.abs(blocks).max(-1, keepdims=True)
+    spread = blocks.max(-1, keepdims=True) - blocks.min(-1, keepdims=True)
+    # Half a step, or a whole one at the end that a signed grid lacks; and float16 scales.
+    step = {
+        "q8_0": widest / 127 / 2,
+        "q4_0": widest / 8,
+        "q5_0": widest / 16,
+        "q4_1": spread / 15 / 2,
+        "q5_1": spread / 31 / 2,
+    }
+    scales = (widest + spread) * 2.0**-10 + 2.0**-20
+    allowed = step[kind] + scales if kind in step else np.zeros_like(widest)  # others are copied
+    return np.broadcast_to(allowed, blocks.shape).reshape(values.shape)

@@ -1,0 +1,357 @@
+"""``tritkit export MODEL OUT.gguf``: a model as a GGUF file that llama.cpp, bitnet.cpp or ik_llama.cpp loads.
+
+Each matrix gets the type that was asked for, or the one it falls back to; codes that are of that type already are
+copied, ternary codes are translated exactly, everything else is rounded to nearest. What was written is read back and
+compared with the model before it gets its name.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .checkpoint import EMBEDDING, HEAD, ModelFolder, float_to_bf16, linear_names, matrix_names, matrix_shape
+from .gguf import NewTensor, write_gguf
+from .gguf_check import verify
+from .gguf_model import (
+    ARCHITECTURES,
+    FLOAT_TYPES,
+    ROPE_FACTORS,
+    ggml_name,
+    halves_to_pairs,
+    llama3_factors,
+)
+from .layouts import GGML, I2S, LAYOUTS, Packed, Unpacked
+from .layouts.ggml_legacy import GgmlLegacy
+from .layouts.translate import TERNARY as TERNARY_LAYOUTS
+from .layouts.translate import pack_ternary, ternary_codes, translate
+from .progress import progress
+
+TERNARY = ("tq1_0", "tq2_0", "i2_s")
+WRITTEN = ("f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", *TERNARY)
+# general.file_type: what most of a file is.
+FILE_TYPES = {
+    **{"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "bf16": 32},
+    **{"tq1_0": 36, "tq2_0": 37, "i2_s": 40},
+}
+# What a type's embedding and head become where nothing else is asked for. Rounding them to 8 bits costs nothing that
+# can be measured; Microsoft's I2_S files keep them at 16.
+EMBEDDINGS = {"tq1_0": "q8_0", "tq2_0": "q8_0", "i2_s": "f16"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of one matrix. reason: why it is not what was asked for, or None."""
+
+    type: str
+    reason: str | None = None
+
+
+def architecture_of(model: ModelFolder) -> str:
+    """llama.cpp's name for what the model is; ValueError where it has none."""
+    family, act = model.config.family, model.config.hidden_act
+    family = {"mistral": "llama"}.get(family, family)
+    for name, architecture in ARCHITECTURES.items():
+        if (architecture.family, architecture.hidden_act) == (family, act):
+            return name
+    raise ValueError(f"GGUF has no architecture for the {family} family with {act!r}")
+
+
+def default_type(model: ModelFolder) -> str:
+    """What a model is exported as where no type is asked for: what it is already, ternary ones as TQ2_0."""
+    if model.config.weights == "ternary":
+        return "tq2_0"
+    if model.config.weights is not None:
+        raise ValueError(f"GGUF has no type for {model.config.weights} weights; name one with --type")
+    kinds = Counter(model.layouts.get(n) or _float_type(model, n) for n in linear_names(model.config))
+    return kinds.most_common(1)[0][0]
+
+
+def _float_type(model: ModelFolder, name: str) -> str:
+    return {dtype: kind for kind, (dtype, _) in FLOAT_TYPES.items()}[model.tensors[f"{name}.weight"].dtype]
+
+
+def plan(model: ModelFolder, kind: str, embedding: str | None) -> dict[str, Plan]:
+    """The type of each matrix; ValueError for a type that cannot be written, or not for this model."""
+    kind = kind.lower()
+    present = {layout for layout in model.layouts.values() if layout in GGML}
+    if kind not in WRITTEN and kind not in present:
+        if kind in GGML or kind.startswith(("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")):
+            raise ValueError(f"tritkit cannot quantise to {kind.upper()} yet; it writes {', '.join(WRITTEN)}")
+        raise ValueError(f"there is no type {kind!r} to export; known are {', '.join(WRITTEN)}")
+    if embedding is not None and (embedding not in WRITTEN or embedding in TERNARY):
+        known = ", ".join(w for w in WRITTEN if w not in TERNARY)
+        raise ValueError(f"there is no type {embedding!r} for an embedding; known are {known}")
+    if kind in TERNARY:
+        _require_ternary(model)
+    found = {}
+    for name in matrix_names(model.config):
+        outside = name in (EMBEDDING, HEAD)
+        own = model.layouts.get(name)
+        wanted = (embedding or (own if own in GGML else None) or EMBEDDINGS.get(kind, kind)) if outside else kind
+        found[name] = _fitting(model, name, wanted)
+    return found
+
+
+def _fitting(model: ModelFolder, name: str, kind: str) -> Plan:
+    """``kind``, or what it falls back to where the rows are no whole blocks."""
+    cols = matrix_shape(model.config, name)[1]
+    if kind == "i2_s":
+        if cols % 128:
+            raise ValueError(f"I2_S has blocks of 128 columns, but a row of {name} has {cols}")
+    elif kind in GGML and cols % GGML[kind].block:
+        if kind in TERNARY:
+            raise ValueError(
+                f"{kind.upper()} has blocks of {GGML[kind].block} columns, but a row of {name} has {cols}: "
+                "this model cannot be ternary in GGUF; --type q8_0 or f16 holds its values"
+            )
+        return Plan("f16", f"{cols} columns are no multiple of {GGML[kind].block}")
+    elif kind in GGML and kind not in WRITTEN and model.layouts.get(name) != kind:
+        raise ValueError(f"{name} would have to be quantised to {kind.upper()}, which tritkit cannot yet")
+    return Plan(kind)
+
+
+def _require_ternary(model: ModelFolder) -> None:
+    """ValueError, with the size of the misfit, unless each linear is -s, 0 and +s already."""
+    for name in linear_names(model.config):
+        if name not in model.layouts or model.layouts[name] not in TERNARY_LAYOUTS:
+            _ternary_of_floats(model, name)
+
+
+def _ternary_of_floats(model: ModelFolder, name: str) -> Unpacked:
+    try:
+        return ternary_codes(model.floats(name))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def export_gguf(
+    source: ModelFolder,
+    out: Path | str,
+    kind: str | None = None,
+    embedding: str | None = None,
+    overwrite: bool = False,
+    arm: bool = False,
+) -> dict[str, Any]:
+    """Write ``source`` as a GGUF file and return a report: types with their numbers of matrices, notes, bytes.
+
+    kind: type of the linears, one of WRITTEN (none: what they are, TQ2_0 for ternary ones). embedding: type of the
+    embedding and the output head (none: theirs where it is a type of ggml, else EMBEDDINGS or kind). arm: I2_S in the
+    order that bitnet.cpp's ARM builds want. ValueError for what cannot be written; OSError where what was written does
+    not read back as it should, and then there is no file.
+    """
+    out = Path(out)
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out} exists; give another name, or --overwrite")
+    if not out.parent.is_dir():
+        raise ValueError(f"there is no folder {out.parent} to write {out.name} into")
+    kind = (kind or default_type(source)).lower()
+    architecture = architecture_of(source)
+    model = _packed(source) if source.config.weights is not None and not source.is_packed else source
+    plans = plan(model, kind, embedding)
+    metadata = metadata_of(model, architecture, kind)
+    order = "i2_s_arm" if arm else "i2_s_x86"
+    heads = _row_orders(model, architecture)
+    names = _names(model)
+    tensors = {}
+    for name in names:
+        tensors[ggml_name(name)] = _new_tensor(model, name, plans.get(name.removesuffix(".weight")), order, heads)
+    factors = _rope_factors(model)
+    if factors is not None:
+        tensors[ROPE_FACTORS] = NewTensor("f32", factors.shape, lambda: factors)
+    beside = out.with_name(f".{out.name}.{os.getpid()}.unverified")
+    try:
+        with progress(f"export {out.name}", 2 * len(tensors), "tensors") as advance:
+            write_gguf(beside, metadata, tensors, advance)
+            types = {name: p.type for name, p in plans.items()}
+            verify(model, beside, names, types, "arm" if arm else "x86", advance)
+        os.replace(beside, out)
+    finally:
+        beside.unlink(missing_ok=True)
+    return {
+        "architecture": architecture,
+        "types": dict(Counter(p.type for p in plans.values())),
+        "file_bytes": out.stat().st_size,
+        "notes": notes(model, architecture, kind, plans),
+    }
+
+
+def _packed(model: ModelFolder) -> ModelFolder:
+    """A latent model with its linears rounded as training rounds them."""
+    from dataclasses import replace
+
+    from .pack import pack_linears
+    from .tensorfile import StoredTensor
+
+    packed, layout = pack_linears(model)
+    tensors = dict(model.tensors.items())
+    for name, linear in packed.items():
+        for suffix, array in linear.arrays.items():
+            tensors[f"{name}.{suffix}"] = StoredTensor("U8" if array.dtype == np.uint8 else "F32", array)
+    return replace(model, layouts=dict.fromkeys(packed, layout), tensors=tensors)
+
+
+def _names(model: ModelFolder) -> list[str]:
+    """Every tensor of the file in Hugging Face's names: matrices, norms, biases. The file's scales are inside."""
+    known = [f"{name}.weight" for name in matrix_names(model.config)]
+    extras = [n for n in model.tensors if n.endswith((".weight", ".bias")) and n not in set(known)]
+    return known + [n for n in extras if n.removesuffix(".weight") not in (HEAD,)]
+
+
+def _row_orders(model: ModelFolder, architecture: str) -> dict[str, int]:
+    if not ARCHITECTURES[architecture].pairs:
+        return {}
+    return {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}
+
+
+def _new_tensor(model: ModelFolder, name: str, plan: Plan | None, order: str, heads: dict[str, int]) -> NewTensor:
+    module, _, _ = name.rpartition(".")
+    turned = heads.get(module.rpartition(".")[2])
+    if plan is None:  # norms and biases stay float32, as llama.cpp wants them
+        values = model.tensors[name].float32()
+        if turned is not None:
+            values = values[halves_to_pairs(len(values), turned)]
+        return NewTensor("f32", values.shape, lambda: values)
+    shape = matrix_shape(model.config, module)
+    rows = None if turned is None else halves_to_pairs(shape[0], turned)
+
+    def make() -> np.ndarray:
+        return encoded(model, module, plan.type, order, rows)
+
+    return NewTensor(plan.type, shape, make)
+
+
+def encoded(model: ModelFolder, name: str, kind: str, order: str, rows: np.ndarray | None) -> np.ndarray:
+    """The bytes of a matrix in a type of ggml, its rows in that order."""
+    own = model.layouts.get(name)
+
+    def ordered(array: np.ndarray) -> np.ndarray:
+        return array if rows is None else array[rows]
+
+    if kind in FLOAT_TYPES:
+        return ordered(_as_float(model, name, kind))
+    target = order if kind == "i2_s" else kind
+    if own == target:
+        packed = model.packed(name)
+    elif kind in TERNARY:
+        packed = _as_ternary(model, name, target)
+    else:
+        layout_of = GGML[kind]
+        assert isinstance(layout_of, GgmlLegacy)  # the others cannot quantise yet, and plan() refuses them
+        packed = layout_of.quantize(model.floats(name))
+    packed = Packed({**packed.arrays, "weight": ordered(packed.arrays["weight"])})
+    layout = LAYOUTS[target]
+    return layout.to_stored(packed) if isinstance(layout, I2S) else packed.arrays["weight"]
+
+
+def _as_float(model: ModelFolder, name: str, kind: str) -> np.ndarray:
+    stored = model.tensors[f"{name}.weight"]
+    if name not in model.layouts and stored.dtype == FLOAT_TYPES[kind][0]:
+        return stored.array
+    values = model.floats(name)
+    if kind == "bf16":
+        return float_to_bf16(values)
+    if kind == "f16" and values.size and np.abs(values).max() > np.finfo(np.float16).max:
+        raise ValueError(
+            f"{name} has values up to {np.abs(values).max():.6g}, too large for F16; --type bf16 holds them"
+        )
+    return values.astype(np.float16 if kind == "f16" else np.float32)
+
+
+def _as_ternary(model: ModelFolder, name: str, target: str) -> Packed:
+    own, shape = model.layouts.get(name), matrix_shape(model.config, name)
+    if own not in TERNARY_LAYOUTS:
+        matrix = _ternary_of_floats(model, name)
+    try:
+        if own in TERNARY_LAYOUTS:
+            return translate(model.packed(name), own, target, shape).packed
+        return pack_ternary(matrix, target).packed
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def metadata_of(model: ModelFolder, architecture: str, kind: str) -> dict[str, Any]:
+    """The keys of the file, tokenizer included."""
+    from .gguf_tokenizer import tokenizer_to_gguf
+
+    c = model.config
+    name = model.path.stem if model.path.is_file() else model.path.name
+    own = {
+        "vocab_size": c.vocab_size,
+        "context_length": c.max_position_embeddings,
+        "embedding_length": c.hidden_size,
+        "block_count": c.num_hidden_layers,
+        "feed_forward_length": c.intermediate_size,
+        "attention.head_count": c.num_attention_heads,
+        "attention.head_count_kv": c.num_key_value_heads,
+        "attention.layer_norm_rms_epsilon": float(c.rms_norm_eps),
+        "attention.key_length": c.head_dim,
+        "attention.value_length": c.head_dim,
+        "rope.dimension_count": c.head_dim,
+        "rope.freq_base": float(c.rope_theta),
+        **_scaling_keys(model),
+    }
+    return {
+        "general.architecture": architecture,
+        "general.type": "model",
+        "general.name": name,
+        "general.file_type": FILE_TYPES.get(kind, 0),
+        "general.quantization_version": 2,
+        "general.quantized_by": "tritkit",
+        **{f"{architecture}.{key}": value for key, value in own.items()},
+        **tokenizer_to_gguf(model.tokenizer(), c.vocab_size),
+    }
+
+
+def _scaling_keys(model: ModelFolder) -> dict[str, Any]:
+    rope = model.config.to_hf().get("rope_parameters", {})
+    kind = rope.get("rope_type", "default")
+    if kind in ("default", "llama3"):  # llama3: a tensor says it
+        return {}
+    keys: dict[str, Any] = {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
+    if kind == "yarn":
+        original = rope.get("original_max_position_embeddings") or model.config.max_position_embeddings
+        keys["rope.scaling.original_context_length"] = int(original)
+        for ours, theirs in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
+            if rope.get(ours) is not None:
+                keys[f"rope.scaling.{theirs}"] = float(rope[ours])
+        if rope.get("attention_factor") is not None:
+            usual = 0.1 * math.log(rope["factor"]) + 1
+            keys["rope.scaling.attn_factor"] = float(rope["attention_factor"]) / usual
+        if rope.get("mscale") or rope.get("mscale_all_dim") or rope.get("truncate") is False:
+            raise ValueError("GGUF cannot say what this model's yarn has: mscale, mscale_all_dim or truncate = false")
+    return keys
+
+
+def _rope_factors(model: ModelFolder) -> np.ndarray | None:
+    rope = model.config.to_hf().get("rope_parameters", {})
+    if rope.get("rope_type") != "llama3":
+        return None
+    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+    original = int(rope["original_max_position_embeddings"])
+    c = model.config
+    return llama3_factors(float(rope["factor"]), low, high, original, c.rope_theta, c.head_dim).astype(np.float32)
+
+
+def notes(model: ModelFolder, architecture: str, kind: str, plans: Mapping[str, Plan]) -> list[str]:
+    """What a user should know of the file, a sentence each."""
+    found = []
+    for reason, count in Counter((p.type, p.reason) for p in plans.values() if p.reason).items():
+        found.append(f"{count} matrices are {reason[0].upper()}: {reason[1]}.")
+    if architecture == "bitnet-b1.58":
+        found.append(
+            "Mainline llama.cpp cannot run this file: its bitnet has a SiLU gate, this model has ReLU²; bitnet.cpp and "
+            "ik_llama.cpp run it."
+        )
+    if kind == "i2_s":
+        found.append("I2_S is a type of bitnet.cpp (36), which mainline llama.cpp does not know.")
+    if model.config.activations is not None and kind not in TERNARY:
+        found.append("The model was trained with int8 activations; whoever runs this file runs float ones.")
+    return found
