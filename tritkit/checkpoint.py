@@ -180,16 +180,22 @@ def read_json(path: Path) -> dict[str, Any]:
     return tree
 
 
+def read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
+    """config.json of a folder, as it is and as tritkit understands it."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is no model folder: it has no config.json")
+    hf = read_json(folder / "config.json")
+    weights, activations = _formats_of(hf)
+    config = config_from_hf({**hf, "model_type": str(hf.get("model_type")).removeprefix(OWN)}, weights, activations)
+    return hf, config
+
+
 def open_folder(folder: Path | str) -> ModelFolder:
     """Open a model folder; ValueError says what is missing where it is none."""
     path = Path(folder)
     if not path.is_dir():
         raise ValueError(f"there is no model folder {folder}")
-    if not (path / "config.json").is_file():
-        raise ValueError(f"{folder} is no model folder: it has no config.json")
-    hf = read_json(path / "config.json")
-    weights, activations = _formats_of(hf)
-    config = config_from_hf({**hf, "model_type": str(hf.get("model_type")).removeprefix(OWN)}, weights, activations)
+    hf, config = read_config(path)
     opened = ModelFolder(path, config, hf, _layouts_of(hf, config), _tensor_files(path))
     require_complete(opened)
     return opened

@@ -34,8 +34,9 @@ def import_model(
     """Write the model ``source`` into the folder ``out`` and return what it is.
 
     source: a Hugging Face folder, a GGUF file, a llama2.c checkpoint, or the id of a model on the Hugging Face hub
-    (owner/name), of which ``revision`` (a branch, tag or commit) is downloaded with ``token`` (none: the one that is
-    logged in). i2_s, tokenizer: see ``open_model``. ValueError for what tritkit cannot run, and nothing is written.
+    (owner/name or owner/name/file.gguf), of which ``revision`` (a branch, tag or commit) is downloaded with ``token``
+    (none: the one that is logged in). i2_s, tokenizer: see ``open_model``. ValueError for what tritkit cannot run, and
+    nothing is written.
     """
     out = Path(out)
     if (out / "config.json").exists() and not overwrite:
