@@ -59,7 +59,7 @@ def test_parts_in_full_precision_and_norms_inside_in_our_own_formats(tmp_path, t
     pack(tmp_path / "latent", tmp_path / "packed", dtype="float32")
     packed = open_folder(tmp_path / "packed")
     assert packed.config == open_folder(tmp_path / "latent").config == config
-    floats = [name.removeprefix("model.layers.") for name in linear_names(config) if packed.layout_of(name) is None]
+    floats = [name.removeprefix("model.layers.") for name in linear_names(config) if name not in packed.layouts]
     mlp = [f"0.mlp.{name}_proj" for name in ("gate", "up", "down")]
     assert floats == ["0.self_attn.q_proj", *mlp, "1.self_attn.q_proj"]
     native, torch_ = both(tmp_path / "packed", tokens, 32)
