@@ -75,6 +75,32 @@ def make_folder(tmp_path, tokenizer):
     return make
 
 
+@pytest.fixture
+def make_model(tmp_path, tokenizer):
+    """make_model("qwen3", rope=...) writes a full-precision folder with random weights, biases and norms."""
+    import torch
+
+    from tritkit.models.config import ModelConfig
+    from tritkit.models.transformer import build
+    from tritkit.trainstate import save_model
+
+    def make(family: str, **changes):
+        sizes: dict = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+        config = ModelConfig(family=family, initializer_range=0.1, **(sizes | changes))
+        model = build(config, seed=1)
+        generator = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.dim() == 1:
+                    p.copy_(1 + 0.3 * torch.randn(p.shape, generator=generator))
+        folder = tmp_path / family
+        save_model(folder, model, config, tokenizer)
+        return folder
+
+    return make
+
+
 def _vary_norms(model, seed: int) -> None:
     """Norm weights of a fresh model are all one, which would hide a norm that is used in the wrong place."""
     import torch

@@ -24,7 +24,6 @@ from tritkit.gguf_model import (
 )
 from tritkit.importer import import_model
 from tritkit.layouts import GGML, LAYOUTS
-from tritkit.models.config import ModelConfig
 from tritkit.pack import pack
 
 WIDE = {"hidden_size": 256, "intermediate_size": 512}  # whole blocks of every type
@@ -44,31 +43,6 @@ def logits(folder):
 
     with torch.inference_mode():
         return model_of(folder)(torch.arange(40)[None] * 7 % 300).numpy()
-
-
-@pytest.fixture
-def make_model(tmp_path, tokenizer):
-    """make_model("qwen3", rope=...) writes a full-precision folder with random weights, biases and norms."""
-    import torch
-
-    from tritkit.models.transformer import build
-    from tritkit.trainstate import save_model
-
-    def make(family: str, **changes):
-        sizes: dict = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
-        config = ModelConfig(family=family, initializer_range=0.1, **(sizes | changes))
-        model = build(config, seed=1)
-        generator = torch.Generator().manual_seed(2)
-        with torch.no_grad():
-            for p in model.parameters():
-                if p.dim() == 1:
-                    p.copy_(1 + 0.3 * torch.randn(p.shape, generator=generator))
-        folder = tmp_path / family
-        save_model(folder, model, config, tokenizer)
-        return folder
-
-    return make
 
 
 FAMILIES = {

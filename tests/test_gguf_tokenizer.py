@@ -1,10 +1,7 @@
 """Tokenizers between GGUF, llama2.c and folders: llama.cpp's encoding is the truth, token for token."""
 
-import ctypes
 import json
-import os
 import random
-import struct
 import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tokenizers import Tokenizer as HFTokenizer
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import models, pre_tokenizers, trainers
 
-from tritkit import spm
-from tritkit.gguf_tokenizer import tokenizer_from_gguf, tokenizer_from_llama2c, tokenizer_to_gguf
-from tritkit.pretokenizers import PRETOKENIZERS, patterns_of, to_json
-from tritkit.tokenizer import BOS, EOS, Tokenizer
+from tritkit.gguf_tokenizer import tokenizer_from_gguf, tokenizer_from_llama2c
+from tritkit.pretokenizers import PRETOKENIZERS
+from tritkit.tokenizer import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)
 PARAGRAPHS = [
