@@ -157,6 +157,58 @@ def test_every_pretokenizer_cuts_as_llama_cpp_does(name, byte_level, tmp_path):
 
 @pytest.mark.interop
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["gpt-2", "llama-bpe"])
+def test_bytes_without_a_token_are_lost_as_in_llama_cpp(name, byte_level, tmp_path):
+    """Falcon's vocabulary has such bytes: nothing is joined across them."""
+    lost = "\u0120\u00c3]"  # the space, the first byte of accented letters, a bracket
+    tokens = byte_level["tokenizer.ggml.tokens"]
+    fields = byte_level | {
+        "tokenizer.ggml.pre": name,
+        "tokenizer.ggml.tokens": [f"[X{i}]" if set(t) & set(lost) and i < 3000 else t for i, t in enumerate(tokens)],
+        "tokenizer.ggml.merges": [m for m in byte_level["tokenizer.ggml.merges"] if not set(m) & set(lost)],
+    }
+    tokenizer = tokenizer_from_gguf(fields)
+    agrees(tokenizer, Peer(write_vocab(tmp_path / "vocab.gguf", fields)))
+    assert tokenizer.decode(tokenizer.encode("a b]c é", special=False)) == "abc\ufffd"
+    assert tokenizer_to_gguf(tokenizer, len(tokens))["tokenizer.ggml.pre"] == name
+
+
+@pytest.mark.interop
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("texts", "named"),
+    [
+        ("<|end|>", {}),
+        ("<|end|> <|return|> <|call|>", {}),
+        ("<|end|> <|calls|> <|flush|> <|channel|>", {}),
+        ("<|end|> <|calls|> <|return|> <|start|>", {}),
+        ("<eos> <|eom_id|>", {}),
+        ("<|fim_pad|> <|repo_name|> <|file_sep|> <|fim_prefix|> <|fim_suffix|> <|fim_middle|>", {}),
+        ("<|fim_pad|> <x> <y> <z>", {"fim_pad": "<x>", "eot": "<y>", "eom": "<z>"}),
+        ("<turn|> [e~[ <unused1> <x>", {"eos": "<x>"}),
+    ],
+)
+def test_tokens_known_by_their_text(texts, named, byte_level, tmp_path):
+    """The same tokens stop, and the same are found in a text, though the file says that they are plain text."""
+    tokens = [*byte_level["tokenizer.ggml.tokens"], *texts.split()]
+    fields = byte_level | {
+        "tokenizer.ggml.pre": "qwen2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": byte_level["tokenizer.ggml.token_type"] + [NORMAL] * len(texts.split()),
+        **{f"tokenizer.ggml.{role}_token_id": tokens.index(text) for role, text in named.items()},
+    }
+    tokenizer = tokenizer_from_gguf(fields)
+    agrees(tokenizer, Peer(write_vocab(tmp_path / "vocab.gguf", fields)), [*PARAGRAPHS, texts, f"a{texts} </s>\n"])
+    if "fim_pad" in named:
+        with pytest.raises(ValueError, match="it has 4 tokens of its own that end an answer"):
+            tokenizer_to_gguf(tokenizer, len(tokens))
+    else:
+        again = tokenizer_from_gguf(tokenizer_to_gguf(tokenizer, len(tokens)))
+        assert again.stop_ids == tokenizer.stop_ids
+
+
+@pytest.mark.interop
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("settings", [{}, {"add_space_prefix": False}, {"add_bos_token": False, "add_eos_token": True}])
 def test_sentencepiece_encodes_as_llama_cpp_does(settings, stories, shared_data, tmp_path):
     fields = tokenizer_to_gguf(stories, 512) | {f"tokenizer.ggml.{name}": value for name, value in settings.items()}

@@ -21,7 +21,6 @@ from .gguf_vocab import (
     BYTE,
     CONTROL,
     CUT_OUT,
-    ENDS,
     NORMAL,
     ROLES,
     UNKNOWN,
@@ -29,6 +28,7 @@ from .gguf_vocab import (
     USER_DEFINED,
     Fields,
     check_tokens,
+    ends_by_text,
     scores_of_tokens,
     stop_ids,
     token_types,
@@ -272,12 +272,13 @@ def _roles(tokenizer: Tokenizer, model: dict[str, Any]) -> dict[str, Any]:
         if put not in ([], [ids[role]]):
             raise ValueError(f"it puts the tokens {put} around a text, and GGUF can only put BOS before, EOS after it")
         flags[f"add_{role}_token"] = bool(put)
-    others = [i for i in tokenizer.stop_ids if i != ids["eos"] and inner.id_to_token(i) not in ENDS]
+    known = {inner.token_to_id(t) for t in ends_by_text(inner.get_vocab())}
+    others = [i for i in tokenizer.stop_ids if i != ids["eos"] and i not in known]
     if ids["eos"] is None and others:
         ids["eos"] = others.pop(0)
     if ids["eos"] is None:
         raise ValueError("it names no end-of-text token (eos_token in tokenizer_config.json), and llama.cpp takes one")
     if len(others) > 2:
-        raise ValueError(f"it has {len(others) + 1} tokens that end an answer, and GGUF can name three")
+        raise ValueError(f"it has {len(others) + 1} tokens of its own that end an answer, and GGUF can name three")
     ids |= dict(zip(("eot", "eom"), others, strict=False))
     return {f"{ROLES[role]}_token_id": i for role, i in ids.items() if i is not None} | flags

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,32 +14,11 @@ CUT_OUT = (UNKNOWN, CONTROL, USER_DEFINED)  # found in a text before anything el
 
 # Tokens that end an answer whatever the metadata says of them, and those that are markers, not text, if there is no
 # metadata on them. llama.cpp goes by these texts, so we do.
-ENDS = frozenset(
-    [
-        "<|eot_id|>",
-        "<|im_end|>",
-        "<|end|>",
-        "<|return|>",
-        "<|call|>",
-        "<|flush|>",
-        "<|calls|>",
-        "<end_of_turn>",
-        "<|endoftext|>",
-        "</s>",
-        "<|eom_id|>",
-        "<EOT>",
-        "_<EOT>",
-        "[EOT]",
-        "[EOS]",
-        "<|end_of_text|>",
-        "<end_of_utterance>",
-        "<eos>",
-        "<turn|>",
-        "<|tool_response>",
-        "<｜end▁of▁sentence｜>",
-        "[e~[",
-    ]
-)
+ENDS = frozenset({
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
+    "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>",
+    "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "[e~[",
+})  # fmt: skip
 FILL_ENDS = {  # of texts with a gap that the model fills in
     "fim_pad": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
     "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
@@ -124,6 +103,12 @@ def token_types(read: Fields, tokens: list[str]) -> np.ndarray:
     return types
 
 
+def ends_by_text(tokens: Container[str]) -> set[str]:
+    """The tokens at which llama.cpp stops where no metadata says so."""
+    fill = {next((t for t in texts if t in tokens), "") for texts in FILL_ENDS.values()}
+    return {t for t in ENDS | fill if t in tokens}
+
+
 def stop_ids(read: Fields, tokens: list[str], types: np.ndarray, roles: dict[str, int | None]) -> list[int]:
     """Tokens that end an answer: those named by the file and those known by their text."""
     ids = {token: i for i, token in enumerate(tokens)}
@@ -135,9 +120,6 @@ def stop_ids(read: Fields, tokens: list[str], types: np.ndarray, roles: dict[str
     if "<|end|>" in known and known & {"<|call|>", "<|calls|>"} and known & {"<|return|>", "<|flush|>"}:
         stops.discard(ids["<|end|>"])  # there it only ends a part of an answer
         types[ids["<|end|>"]] = USER_DEFINED
-    if "</s>" in known and known & {"<|tool_response>", "<|plamo:eos|>"}:
-        stops.discard(ids["</s>"])
-        types[ids["</s>"]] = NORMAL
     return sorted(i for i in stops if i is not None)
 
 
