@@ -33,7 +33,7 @@ PARAGRAPHS = [
     "The capital of France is Paris. It's 3.14159, isn't it? WE'LL SEE; I'M sure they'Ve gone'd 're 'Tis",
     "' '' ''' 's 'S '\u017f 'LL 'll 'rE 'tis\u00a0\u00a0't",
     "def f(x: int) -> str:\n    return f\"{x!r:>10}\"  # comment\n\n\nif __name__ == '__main__':\n\tf(12345678)\n",
-    " 'LLama 'lLama 'LLama 'LLama" * 8 + " 'Some 'Tea 'REally",
+    "I'LLama I'lLama I'LLama I'Some I'Tea I'REally " * 8,
     "1 12 123 1234 12345 123456 1,234,567.89 \u00bd \u00b2 \u0663 \u096a\u096b\u096c \u2167 \u2460",
     "Café naïve Ünïcödé ß İ ı \ufb01 \u212a \u212b ÉCOLE école camelCase \u01c5 \u02b0",
     "日本語の文章です。漢字カタカナ\u3000全角スペース！？ 한국어 문장입니다. 中文，标点。",
