@@ -1,8 +1,9 @@
 """Tokenizers between GGUF metadata, llama2.c's file and a model folder. Imports no torch and no transformers.
 
 Two kinds: byte-level BPE ("gpt2") with one of llama.cpp's pre-tokenizers, and SentencePiece's BPE ("llama"). Read from
-GGUF, a tokenizer encodes as llama.cpp does, special tokens in the text included, and what llama.cpp assumes where a file
-says nothing holds here too. docs/containers.md says where that is not the last word on the original model.
+GGUF, a tokenizer encodes as llama.cpp does, special tokens in the text included, and what llama.cpp assumes where a
+file says nothing holds here too. The ways in which llama.cpp is not the original model: it does not normalize (Qwen
+composes accents, NFC), and its special tokens take no spaces beside them with them.
 """
 
 from __future__ import annotations
@@ -16,130 +17,35 @@ import numpy as np
 from tokenizers import Tokenizer as HFTokenizer
 
 from . import pretokenizers, spm
-from .tokenizer import Tokenizer
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of tokens
-CUT_OUT = (UNKNOWN, CONTROL, USER_DEFINED)  # found in a text before anything else happens to it
-
-# Tokens that end an answer whatever the metadata says of them, and those that are markers, not text, if there is no
-# metadata on them. llama.cpp goes by these texts, so we do.
-ENDS = frozenset(
-    [
-        "<|eot_id|>",
-        "<|im_end|>",
-        "<|end|>",
-        "<|return|>",
-        "<|call|>",
-        "<|flush|>",
-        "<|calls|>",
-        "<end_of_turn>",
-        "<|endoftext|>",
-        "</s>",
-        "<|eom_id|>",
-        "<EOT>",
-        "_<EOT>",
-        "[EOT]",
-        "[EOS]",
-        "<|end_of_text|>",
-        "<end_of_utterance>",
-        "<eos>",
-        "<turn|>",
-        "<|tool_response>",
-        "<｜end▁of▁sentence｜>",
-        "[e~[",
-    ]
+from .gguf_vocab import (
+    BYTE,
+    CONTROL,
+    CUT_OUT,
+    NORMAL,
+    ROLES,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    Fields,
+    check_tokens,
+    ends_by_text,
+    scores_of_tokens,
+    stop_ids,
+    token_types,
+    without_padding,
 )
-FILL_ENDS = {
-    "fim_pad": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
-    "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
-    "fim_sep": ("<|file_sep|>",),
-}
-FILL = {
-    "fim_pre": [
-        "<|fim_prefix|>",
-        "<fim-prefix>",
-        "<fim_prefix>",
-        "<｜fim▁begin｜>",
-        "<PRE>",
-        "▁<PRE>",
-        "<|code_prefix|>",
-        "<|prefix|>",
-    ],
-    "fim_suf": [
-        "<|fim_suffix|>",
-        "<fim-suffix>",
-        "<fim_suffix>",
-        "<｜fim▁hole｜>",
-        "<SUF>",
-        "▁<SUF>",
-        "<|code_suffix|>",
-        "<|suffix|>",
-    ],
-    "fim_mid": [
-        "<|fim_middle|>",
-        "<fim-middle>",
-        "<fim_middle>",
-        "<｜fim▁end｜>",
-        "<MID>",
-        "▁<MID>",
-        "<|code_middle|>",
-        "<|middle|>",
-    ],
-}
-SHOWN = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
-FLAG = (bool, np.bool_)
-ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "eot": "eot", "eom": "eom"}  # in the keys
-
-
-class _Fields:
-    """GGUF metadata under tokenizer.ggml, by short name and of the type asked for; ValueError where it is not."""
-
-    def __init__(self, fields: Mapping[str, Any]):
-        self.fields = fields
-
-    def get(self, name: str, kind: type | tuple[type, ...], what: str, prefix: str = "tokenizer.ggml.") -> Any:
-        value = self.fields.get(prefix + name)
-        if value is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not FLAG)):
-            raise ValueError(f"{prefix}{name} is {type(value).__name__}, expected {what}")
-        return value
-
-    def flag(self, name: str, otherwise: bool) -> bool:
-        value = self.get(name, FLAG, "true or false")
-        return otherwise if value is None else bool(value)
-
-    def id(self, role: str, size: int) -> int | None:
-        value = self.get(f"{role}_token_id", (int, np.integer), "the number of a token")
-        if value is not None and not 0 <= value < size:
-            raise ValueError(f"tokenizer.ggml.{role}_token_id is {value}, but there are {size} tokens")
-        return None if value is None else int(value)
-
-    def texts(self, name: str) -> list[str]:
-        value = self.fields.get(f"tokenizer.ggml.{name}")
-        value = value.tolist() if isinstance(value, np.ndarray) else value
-        if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
-            raise ValueError(f"tokenizer.ggml.{name} is {'missing' if value is None else 'no list of texts'}")
-        return list(value)
-
-    def numbers(self, name: str, size: int, kinds: str) -> np.ndarray | None:
-        value = self.fields.get(f"tokenizer.ggml.{name}")
-        if value is None:
-            return None
-        try:
-            array = np.asarray(value)
-        except ValueError:  # a ragged list
-            array = np.empty(0, object)
-        if array.ndim != 1 or len(array) < size or array.dtype.kind not in kinds:
-            raise ValueError(f"tokenizer.ggml.{name} is no list of {size} numbers, one a token")
-        return array[:size]
+from .tokenizer import Tokenizer
 
 
 def tokenizer_from_gguf(fields: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer that GGUF metadata (plain Python values by key) describe. ValueError if they describe none."""
-    read = _Fields(fields)
+    read = Fields(fields)
     model = read.get("model", str, "a text")
+    if any(phi in str(fields.get("general.name")).lower() for phi in ("phi-3", "phi3")):
+        raise ValueError("special tokens of Phi-3 swallow the spaces after them, which is not supported")
     tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(read.texts("tokens"))]
-    _check_tokens(tokens)
-    types = _types(read, tokens)
+    check_tokens(tokens)
+    types = token_types(read, tokens)
     if model == "gpt2":
         cut = pretokenizers.cut_of(read.get("pre", str, "a text") or "default")
         default = 11 if len(tokens) > 11 and types[11] == CONTROL else None  # Falcon's, of which it all began
@@ -160,13 +66,14 @@ def tokenizer_from_gguf(fields: Mapping[str, Any]) -> Tokenizer:
         if wanted and ids[role] is None:
             raise ValueError(f"tokenizer.ggml.add_{role}_token is true, but no token is named as {role}")
         around.append(ids[role] if wanted else None)
-    stops = _stop_ids(read, tokens, types, ids)
-    tokens = _without_padding(tokens, types, {*ids.values(), *stops})
+    stops = stop_ids(read, tokens, types, ids)
+    tokens = without_padding(tokens, types, {*ids.values(), *stops})
     if model == "gpt2":
         parts = _byte_level(tokens, read.texts("merges"), cut)
     else:
-        scores = read.numbers("scores", len(tokens), "if")
-        parts = _sentencepiece(tokens, types, scores, ids["unk"], read.flag("add_space_prefix", True))
+        parts = _sentencepiece(
+            tokens, types, scores_of_tokens(read, len(tokens)), ids["unk"], read.flag("add_space_prefix", True)
+        )
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     for role in ("bos", "eos", "unk", "pad"):
         at = ids[role]
@@ -176,56 +83,6 @@ def tokenizer_from_gguf(fields: Mapping[str, Any]) -> Tokenizer:
     if template is not None:
         config["chat_template"] = template
     return Tokenizer(_assemble(parts, tokens, types, around[0], around[1]), config, stops)
-
-
-def _check_tokens(tokens: list[str]) -> None:
-    if not tokens:
-        raise ValueError("tokenizer.ggml.tokens is empty")
-    seen: dict[str, int] = {}
-    for i, token in enumerate(tokens):
-        if len(token) > spm.LONGEST_TOKEN:
-            raise ValueError(f"token {i} is {len(token)} characters long, at most {spm.LONGEST_TOKEN} are expected")
-        if seen.setdefault(token, i) != i:
-            raise ValueError(f"tokens {seen[token]} and {i} are the same: {token!r}")
-
-
-def _types(read: _Fields, tokens: list[str]) -> np.ndarray:
-    """The kind of each token; some are known by their text, whatever the file says."""
-    found = read.numbers("token_type", len(tokens), "iu")
-    types = np.full(len(tokens), NORMAL) if found is None else found.astype(np.int64)
-    ids = {token: i for i, token in enumerate(tokens)}
-    named = [t for t in ENDS if t in ids]
-    for role, texts in (FILL | FILL_ENDS).items():
-        if read.fields.get(f"tokenizer.ggml.{role}_token_id") is None:
-            named += [t for t in texts if t in ids][:1]
-    types[[ids[t] for t in named]] = CONTROL
-    types[[ids[t] for t in SHOWN if t in ids]] = USER_DEFINED
-    return types
-
-
-def _stop_ids(read: _Fields, tokens: list[str], types: np.ndarray, roles: dict[str, int | None]) -> list[int]:
-    """Tokens that end an answer: those named by the file and those known by their text."""
-    ids = {token: i for i, token in enumerate(tokens)}
-    stops = {ids[t] for t in ENDS if t in ids} | {roles[r] for r in ("eos", "eot", "eom")}
-    for role, texts in FILL_ENDS.items():
-        at = read.id(role, len(tokens))
-        stops.add(next((ids[t] for t in texts if t in ids), None) if at is None else at)
-    texts = {tokens[i] for i in stops if i is not None}
-    if "<|end|>" in texts and texts & {"<|call|>", "<|calls|>"} and texts & {"<|return|>", "<|flush|>"}:
-        stops.discard(ids["<|end|>"])  # there it only ends a part of an answer
-        types[ids["<|end|>"]] = USER_DEFINED
-    if "</s>" in texts and texts & {"<|tool_response>", "<|plamo:eos|>"}:
-        stops.discard(ids["</s>"])
-        types[ids["</s>"]] = NORMAL
-    return sorted(i for i in stops if i is not None)
-
-
-def _without_padding(tokens: list[str], types: np.ndarray, used: set[int | None]) -> list[str]:
-    """Converters fill the vocabulary up to the rows of the embedding; those are no tokens."""
-    size = len(tokens)
-    while size > 1 and types[size - 1] == UNUSED and tokens[size - 1] == f"[PAD{size - 1}]" and size - 1 not in used:
-        size -= 1
-    return tokens[:size]
 
 
 def _byte_level(tokens: list[str], merges: list[str], cut: pretokenizers.Cut) -> dict[str, Any]:
@@ -245,13 +102,10 @@ def _byte_level(tokens: list[str], merges: list[str], cut: pretokenizers.Cut) ->
 
 
 def _sentencepiece(
-    tokens: list[str], types: np.ndarray, scores: np.ndarray | None, unknown: int | None, prefix: bool
+    tokens: list[str], types: np.ndarray, scores: list[float], unknown: int | None, prefix: bool
 ) -> dict[str, Any]:
-    if scores is None or not np.isfinite(scores).all():
-        what = "is missing" if scores is None else "holds numbers that are not finite"
-        raise ValueError(f"tokenizer.ggml.scores {what}")
     cut_out = {t for t, kind in zip(tokens, types, strict=False) if kind in CUT_OUT and spm.SPACE not in t}
-    merges = spm.merges_of(tokens, np.float32(scores).tolist(), cut_out)
+    merges = spm.merges_of(tokens, scores, cut_out)
     return spm.to_json(tokens, merges, None if unknown is None else tokens[unknown], prefix)
 
 
@@ -418,12 +272,13 @@ def _roles(tokenizer: Tokenizer, model: dict[str, Any]) -> dict[str, Any]:
         if put not in ([], [ids[role]]):
             raise ValueError(f"it puts the tokens {put} around a text, and GGUF can only put BOS before, EOS after it")
         flags[f"add_{role}_token"] = bool(put)
-    others = [i for i in tokenizer.stop_ids if i != ids["eos"] and inner.id_to_token(i) not in ENDS]
+    known = {inner.token_to_id(t) for t in ends_by_text(inner.get_vocab())}
+    others = [i for i in tokenizer.stop_ids if i != ids["eos"] and i not in known]
     if ids["eos"] is None and others:
         ids["eos"] = others.pop(0)
     if ids["eos"] is None:
         raise ValueError("it names no end-of-text token (eos_token in tokenizer_config.json), and llama.cpp takes one")
     if len(others) > 2:
-        raise ValueError(f"it has {len(others) + 1} tokens that end an answer, and GGUF can name three")
+        raise ValueError(f"it has {len(others) + 1} tokens of its own that end an answer, and GGUF can name three")
     ids |= dict(zip(("eot", "eom"), others, strict=False))
     return {f"{ROLES[role]}_token_id": i for role, i in ids.items() if i is not None} | flags

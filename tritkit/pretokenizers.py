@@ -131,7 +131,7 @@ def cut_of(name: str) -> Cut:
 
 
 def missing_bytes(vocabulary: Container[str]) -> str:
-    """The bytes of UTF-8, as printable characters, that are no tokens. Text loses them, and nothing joins across them."""
+    """The bytes of UTF-8, as printable characters, that are no tokens: lost, and nothing joins across them."""
     never = "\u00c0\u00c1\u00f5\u00f6\u00f7\u00f8\u00f9\u00fa\u00fb\u00fc\u00fd\u00fe\u00ff"  # not in UTF-8
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     return "".join(c for c in alphabet if c not in vocabulary and c not in never)

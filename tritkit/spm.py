@@ -15,20 +15,30 @@ from typing import Any
 
 SPACE = "\u2581"  # what SentencePiece writes for a space
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+UNSAID = "its merges cannot be said by scores of tokens, as GGUF's SentencePiece kind does"
 LONGEST_TOKEN = 1024  # characters; real ones have up to 256
 
 
 def merges_of(tokens: Sequence[str], scores: Sequence[float], skip: Collection[str] = ()) -> list[tuple[str, str]]:
-    """Merges, best first. ``skip``: tokens that no merge makes, since they are cut out of a text before."""
+    """Merges, best first. ``skip``: tokens that no merge makes, since they are cut out of a text before.
+
+    ValueError for a token that llama.cpp joins from a character that is no token: tokenizers has only bytes for it.
+    """
     ids = {token: i for i, token in enumerate(tokens)}
     found = []
+    room = (1 << 20) + 8 * sum(map(len, tokens))  # characters; vocabularies of real models take 2 times theirs
     for i, token in enumerate(tokens):
         if token in skip:
             continue
+        if room < 0:
+            raise ValueError("the tokens can be split into two tokens in more ways than those of any language can")
         for cut in range(1, len(token)):
             left, right = ids.get(token[:cut]), ids.get(token[cut:])
             if left is not None and right is not None:
                 found.append((-scores[i], i, left, right))
+                room -= len(token)
+            elif (left is not None or cut == 1) and (right is not None or cut == len(token) - 1):
+                raise ValueError(f"token {i} ({token!r}) is made of a character that is no token itself")
     return [(tokens[left], tokens[right]) for _, _, left, right in sorted(found)]
 
 
@@ -41,10 +51,7 @@ def scores_of(tokens: Sequence[str], merges: Sequence[tuple[str, str]], skip: Co
         if whole in skip:
             continue
         if whole in rank and whole != last:
-            raise ValueError(
-                f"its merges cannot be said by scores of tokens, as GGUF's SentencePiece kind does: {whole!r} is made by "
-                "merges of different rank"
-            )
+            raise ValueError(f"{UNSAID}: {whole!r} is made by merges of different rank")
         rank.setdefault(whole, i)
         last = whole
     lowest = float(-len(merges) - 1)
@@ -52,10 +59,7 @@ def scores_of(tokens: Sequence[str], merges: Sequence[tuple[str, str]], skip: Co
     there = set(merges)
     for left, right in merges_of(tokens, scores, skip):
         if (left, right) not in there:
-            raise ValueError(
-                "its merges cannot be said by scores of tokens, as GGUF's SentencePiece kind does: "
-                f"{left!r} and {right!r} make a token but have no merge"
-            )
+            raise ValueError(f"{UNSAID}: {left!r} and {right!r} make a token but have no merge")
     return scores
 
 
