@@ -12,28 +12,24 @@ constexpr float kQueryLevels = 127.0f;
 
 }  // namespace
 
-RotaryTable::RotaryTable(int head_dim, double theta) : half_(head_dim / 2) {
-    for (int i = 0; i < half_; ++i)
-        inverse_frequencies_.push_back(static_cast<float>(std::pow(theta, -2.0 * i / head_dim)));
-}
-
 void RotaryTable::extend(int positions) {
-    for (int p = static_cast<int>(cos_.size()) / std::max(half_, 1); p < positions; ++p) {
-        for (float frequency : inverse_frequencies_) {
+    for (size_t p = cos_.size() / rotary_.frequencies.size(); p < static_cast<size_t>(positions); ++p) {
+        for (float frequency : rotary_.frequencies) {
             const double angle = static_cast<float>(p) * frequency;
-            cos_.push_back(static_cast<float>(std::cos(angle)));
-            sin_.push_back(static_cast<float>(std::sin(angle)));
+            cos_.push_back(static_cast<float>(std::cos(angle)) * rotary_.factor);
+            sin_.push_back(static_cast<float>(std::sin(angle)) * rotary_.factor);
         }
     }
 }
 
 void RotaryTable::rotate(const float* x, int position, float* out) const {
-    const float* c = cos_.data() + static_cast<size_t>(position) * half_;
-    const float* s = sin_.data() + static_cast<size_t>(position) * half_;
-    for (int i = 0; i < half_; ++i) {
-        const float a = x[i], b = x[i + half_];
+    const size_t half = rotary_.frequencies.size();
+    const float* c = cos_.data() + static_cast<size_t>(position) * half;
+    const float* s = sin_.data() + static_cast<size_t>(position) * half;
+    for (size_t i = 0; i < half; ++i) {
+        const float a = x[i], b = x[i + half];
         out[i] = a * c[i] - b * s[i];
-        out[i + half_] = b * c[i] + a * s[i];
+        out[i + half] = b * c[i] + a * s[i];
     }
 }
 
@@ -69,13 +65,12 @@ struct Attention::Scratch {
           codes(static_cast<size_t>(2 * stride)) {}
 };
 
-Attention::Attention(const HeadShape& shape, double rope_theta, const KvPages& pages, const Kernels& kernels,
-                     int threads)
+Attention::Attention(const HeadShape& shape, Rotary rotary, const KvPages& pages, const Kernels& kernels, int threads)
     : shape_(shape),
       pages_(pages),
       vectors_(*kernels.vectors),
       quantize_row_(kernels.quantize_row),
-      rotary_(shape.head_dim, rope_theta),
+      rotary_(std::move(rotary)),
       threads_(threads),
       size_(static_cast<int>(round_up(shape.head_dim, kLanes))),
       query_stride_(round_up(shape.head_dim, 64)),
@@ -144,7 +139,8 @@ void Attention::prepare(const std::vector<Token>& tokens, int layers) {
 }
 
 // One thread writes all the new positions of a page and head: codes of neighbours may share a byte.
-void Attention::store(const Team& team, int layer, const float* q, const float* k, const float* v) {
+void Attention::store(const Team& team, int layer, const float* q, const float* k, const float* v,
+                      const HeadNorms& norms) {
     Scratch& scratch = scratch_[static_cast<size_t>(team.rank)];
     const int runs = static_cast<int>(runs_.size()) - 1;
     for (int item = team.rank; item < runs * shape_.kv_heads; item += team.size) {
@@ -152,22 +148,26 @@ void Attention::store(const Team& team, int layer, const float* q, const float* 
         const size_t run = static_cast<size_t>(item / shape_.kv_heads);
         for (int t = runs_[run]; t < runs_[run + 1]; ++t) {
             const ptrdiff_t kv = (static_cast<ptrdiff_t>(t) * shape_.kv_heads + kv_head) * shape_.head_dim;
-            store_token(scratch, layer, kv_head, tokens_[static_cast<size_t>(t)], k + kv, v + kv);
+            store_token(scratch, layer, kv_head, tokens_[static_cast<size_t>(t)], k + kv, v + kv, norms);
             const float* queries = q + (static_cast<ptrdiff_t>(t) * shape_.heads + kv_head * group()) * shape_.head_dim;
             for (int g = 0; g < group(); ++g)
                 store_query(scratch, query_row(kv_head, t) + g, tokens_[static_cast<size_t>(t)].position,
-                            queries + g * shape_.head_dim);
+                            queries + g * shape_.head_dim, norms);
         }
     }
 }
 
 void Attention::store_token(Scratch& scratch, int layer, int kv_head, const Token& token, const float* k,
-                            const float* v) {
+                            const float* v, const HeadNorms& norms) {
     const KvLayout& layout = pages_.layout();
     const Sequence& sequence = *token.sequence;
     uint8_t* block = pages_.block(sequence, token.position / kPagePositions, layer, kv_head);
     const int position = token.position % kPagePositions;
     float* rotated = scratch.rotated.data();
+    if (norms.k) {
+        vectors_.rms_norm(k, norms.k, shape_.head_dim, norms.eps, rotated);
+        k = rotated;
+    }
     rotary_.rotate(k, token.position, rotated);
     if (layout.bits == 32) {
         put_key(layout, block, position, rotated, 0);
@@ -188,7 +188,11 @@ void Attention::store_token(Scratch& scratch, int layer, int kv_head, const Toke
     }
 }
 
-void Attention::store_query(Scratch& scratch, ptrdiff_t row, int position, const float* q) {
+void Attention::store_query(Scratch& scratch, ptrdiff_t row, int position, const float* q, const HeadNorms& norms) {
+    if (norms.q) {
+        vectors_.rms_norm(q, norms.q, shape_.head_dim, norms.eps, scratch.rotated.data());
+        q = scratch.rotated.data();
+    }
     if (!has_codes()) return rotary_.rotate(q, position, queries_.data() + row * query_stride_);
     rotary_.rotate(q, position, scratch.rotated.data());
     query_scales_[static_cast<size_t>(row)] =

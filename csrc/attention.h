@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -22,18 +23,29 @@ struct HeadShape {
     int heads, kv_heads, head_dim;
 };
 
-/// cos and sin of position * theta^(-2i / head_dim), as transformers computes them: the angle in float32.
+/// The turn of each pair of dimensions from one position to the next, [head_dim / 2], and what multiplies cos and sin.
+struct Rotary {
+    std::vector<float> frequencies;
+    float factor = 1.0f;
+};
+
+/// cos and sin of position * frequency, as transformers computes them: the angle in float32.
 class RotaryTable {
  public:
-    RotaryTable(int head_dim, double theta);
+    explicit RotaryTable(Rotary rotary) : rotary_(std::move(rotary)) {}
     void extend(int positions);
     /// Rotates pairs (i, i + head_dim / 2) of x in place or to another place.
     void rotate(const float* x, int position, float* out) const;
 
  private:
-    int half_;
-    std::vector<float> inverse_frequencies_;
-    std::vector<float> cos_, sin_;  // [positions, half]
+    Rotary rotary_;
+    std::vector<float> cos_, sin_;  // [positions, head_dim / 2]
+};
+
+/// Weights, [head_dim], of the norms that queries and keys pass through before they are rotated; null: none.
+struct HeadNorms {
+    const float *q = nullptr, *k = nullptr;
+    float eps = 0.0f;
 };
 
 /// Attention of all the tokens of a step, layer by layer: store(), a barrier, attend().
@@ -43,13 +55,14 @@ class RotaryTable {
 /// from a counter: blocks of tokens, and each range by itself where there are too few blocks for the threads.
 class Attention {
  public:
-    Attention(const HeadShape& shape, double rope_theta, const KvPages& pages, const Kernels& kernels, int threads);
+    Attention(const HeadShape& shape, Rotary rotary, const KvPages& pages, const Kernels& kernels, int threads);
     ~Attention();
 
     /// What the next step will need; not inside a parallel region. Positions are reserved already.
     void prepare(const std::vector<Token>& tokens, int layers);
     /// Rotates and stores the keys and values of this step, and rotates its queries. q: [tokens, heads, head_dim].
-    void store(const Team& team, int layer, const float* q, const float* k, const float* v);
+    void store(const Team& team, int layer, const float* q, const float* k, const float* v,
+               const HeadNorms& norms = {});
     /// out[token]: [heads, head_dim].
     void attend(const Team& team, int layer, float* out, ptrdiff_t out_stride);
 
@@ -58,8 +71,9 @@ class Attention {
     struct Item;
     struct Scratch;
 
-    void store_token(Scratch& scratch, int layer, int kv_head, const Token& token, const float* k, const float* v);
-    void store_query(Scratch& scratch, ptrdiff_t row, int position, const float* q);
+    void store_token(Scratch& scratch, int layer, int kv_head, const Token& token, const float* k, const float* v,
+                     const HeadNorms& norms);
+    void store_query(Scratch& scratch, ptrdiff_t row, int position, const float* q, const HeadNorms& norms);
     void run(const Item& item, const Item* following, int layer, float* out, ptrdiff_t out_stride, Scratch& scratch);
     void attend_range(const Item& place, const Item* following, int layer, float* partial, Scratch& scratch);
     void find_pages(const Item& place, int layer, const uint8_t** pages) const;

@@ -271,7 +271,18 @@ Layer layer_of(const nb::dict& d, const DecoderShape& s) {
             norm_of(d, "input_norm", s.hidden_size),
             norm_of(d, "post_attention_norm", s.hidden_size),
             norm_of(d, "attn_sub_norm", q),
-            norm_of(d, "ffn_sub_norm", s.intermediate_size)};
+            norm_of(d, "ffn_sub_norm", s.intermediate_size),
+            norm_of(d, "q_norm", s.heads.head_dim),
+            norm_of(d, "k_norm", s.heads.head_dim),
+            {norm_of(d, "q_own_norm", s.hidden_size), norm_of(d, "k_own_norm", s.hidden_size),
+             norm_of(d, "v_own_norm", s.hidden_size), norm_of(d, "o_own_norm", q),
+             norm_of(d, "gate_own_norm", s.hidden_size), norm_of(d, "up_own_norm", s.hidden_size),
+             norm_of(d, "down_own_norm", s.intermediate_size)}};
+}
+
+Rotary rotary_of(const Array& frequencies, int head_dim, float factor) {
+    if (head_dim < 2 || head_dim % 2) throw nb::value_error("head_dim must be even");
+    return {norm(frequencies, "inverse_frequencies", head_dim / 2), factor};
 }
 
 DecoderShape shape_from(const nb::dict& d) {
@@ -284,12 +295,14 @@ DecoderShape shape_from(const nb::dict& d) {
                    whole("hidden_size"),
                    whole("intermediate_size"),
                    {whole("num_heads"), whole("num_kv_heads"), whole("head_dim")},
-                   nb::cast<double>(d["rope_theta"]),
+                   {},
                    nb::cast<float>(d["rms_norm_eps"]),
                    gate_activation(nb::cast<std::string>(d["activation"])),
                    whole("context_length")};
     if (s.heads.heads % s.heads.kv_heads) throw nb::value_error("num_heads must be a multiple of num_kv_heads");
-    if (s.heads.head_dim % 2) throw nb::value_error("head_dim must be even");
+    s.rotary =
+        rotary_of(nb::cast<Array>(d["inverse_frequencies"]), s.heads.head_dim, nb::cast<float>(d["attention_factor"]));
+    s.linear_norm_eps = nb::cast<float>(d["linear_norm_eps"]);
     return s;
 }
 
@@ -414,7 +427,7 @@ nb::object apply(Runner& runner, const Linear& linear, const Array& x) {
 }
 
 /// Attention of one layer over a new sequence; q, k, v: float32 [tokens, heads, head_dim].
-nb::object attention(const Array& q, const Array& k, const Array& v, double rope_theta, int kv_bits, int threads,
+nb::object attention(const Array& q, const Array& k, const Array& v, const Array& frequencies, int kv_bits, int threads,
                      const std::string& isa) {
     const float* queries = checked<float>(q, "q", 3);
     const int64_t tokens = static_cast<int64_t>(q.shape(0)), head_dim = static_cast<int64_t>(q.shape(2));
@@ -424,7 +437,7 @@ nb::object attention(const Array& q, const Array& k, const Array& v, double rope
     const HeadShape shape{static_cast<int>(q.shape(1)), static_cast<int>(kv_heads), static_cast<int>(head_dim)};
     Runner runner(threads, isa);
     KvPages pages(1, shape.kv_heads, shape.head_dim, kv_bits);
-    Attention attention(shape, rope_theta, pages, runner.kernels, runner.pool.size());
+    Attention attention(shape, rotary_of(frequencies, shape.head_dim, 1.0f), pages, runner.kernels, runner.pool.size());
     const int sequence = pages.create();
     pages.reserve(sequence, static_cast<int>(tokens));
     std::vector<Token> step;
@@ -485,8 +498,8 @@ NB_MODULE(_native, m) {
     m.def("quantize", &quantize, "x"_a, "activations"_a, "isa"_a = "", "int8 codes and float32 scales of each row.");
     m.def("apply", &apply, "runner"_a, "linear"_a, "x"_a, "linear(x) for float32 x [tokens, columns].");
 
-    m.def("attention", &attention, "q"_a, "k"_a, "v"_a, "rope_theta"_a, "kv_bits"_a, "threads"_a = 0, "isa"_a = "",
-          "Causal attention of one layer with rotary embedding; float32 [tokens, heads, head_dim].");
+    m.def("attention", &attention, "q"_a, "k"_a, "v"_a, "inverse_frequencies"_a, "kv_bits"_a, "threads"_a = 0,
+          "isa"_a = "", "Causal attention of one layer with rotary embedding; float32 [tokens, heads, head_dim].");
 
     nb::class_<Runner>(m, "Runner", "Threads and kernels.")
         .def(nb::init<int, const std::string&, const std::string&>(), "threads"_a = 0, "isa"_a = "", "layout"_a = "")

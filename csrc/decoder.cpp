@@ -46,8 +46,15 @@ struct Decoder::Workspace {
           scratch(static_cast<size_t>(d.runner_->pool.size())),
           screening{std::vector<float>(scratch.size() * kHeadTokens)} {
         for (const Layer& layer : d.layers_) {
-            for (const LinearPtr& linear : {layer.q, layer.k, layer.v, layer.gate, layer.up})
-                normed.reserve(linear->activations());
+            auto reserve = [&](const LinearPtr& linear, const Norm& own_norm, Activations& own) {
+                if (!own_norm.empty() && own.columns() == 0) own = Activations(capacity, d.shape_.hidden_size);
+                (own_norm.empty() ? normed : own).reserve(linear->activations());
+            };
+            reserve(layer.q, layer.own.q, own_normed[0]);
+            reserve(layer.k, layer.own.k, own_normed[1]);
+            reserve(layer.v, layer.own.v, own_normed[2]);
+            reserve(layer.gate, layer.own.gate, own_normed[0]);
+            reserve(layer.up, layer.own.up, own_normed[1]);
             attended.reserve(layer.o->activations());
             gated.reserve(layer.down->activations());
         }
@@ -60,10 +67,16 @@ struct Decoder::Workspace {
         }
     }
 
+    /// What a linear reads that shares its input with others: that, or its own place behind its own norm.
+    const Activations& input(const Norm& own_norm, int place) const {
+        return own_norm.empty() ? normed : own_normed[place];
+    }
+
     int capacity;
     AlignedArray<float> hidden;  // the residual stream
     AlignedArray<float> q, k, v, up, logits;
     Activations normed, attended, gated, final_normed;
+    Activations own_normed[3];             // for q or gate, k or up, and v, where they have norms of their own
     std::vector<Linear::Scratch> scratch;  // per thread
     Head::Scratch screening;
 };
@@ -86,7 +99,7 @@ Decoder::Decoder(std::shared_ptr<Runner> runner, const DecoderShape& shape, Rows
       final_norm_(std::move(final_norm)),
       head_(std::move(head)),
       pages_(static_cast<int>(layers_.size()), shape.heads.kv_heads, shape.heads.head_dim, kv_bits),
-      attention_(shape.heads, shape.rope_theta, pages_, runner_->kernels, runner_->pool.size()) {}
+      attention_(shape.heads, shape.rotary, pages_, runner_->kernels, runner_->pool.size()) {}
 
 int Decoder::create() {
     std::lock_guard lock(mutex_);
@@ -118,7 +131,10 @@ size_t Decoder::bytes_per_token() const {
     for (const Layer& layer : layers_) {
         for (const LinearPtr& l : {layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down})
             bytes += l->bytes();
-        for (const Norm* n : {&layer.input_norm, &layer.post_attention_norm, &layer.attn_sub_norm, &layer.ffn_sub_norm})
+        const OwnNorms& own = layer.own;
+        for (const Norm* n :
+             {&layer.input_norm, &layer.post_attention_norm, &layer.attn_sub_norm, &layer.ffn_sub_norm, &layer.q_norm,
+              &layer.k_norm, &own.q, &own.k, &own.v, &own.o, &own.gate, &own.up, &own.down})
             bytes += n->size() * sizeof(float);
     }
     return bytes;
@@ -216,19 +232,21 @@ void Decoder::run_layer(Team& team, int index, int n, Workspace& w) {
 
     for (int t = mine.begin; t < mine.end; ++t) {
         norm(w.hidden.data() + t * hidden, layer.input_norm, w.normed.row(t));
-        w.normed.quantize(t, kernels);
+        quantize_inputs(t, {&layer.own.q, &layer.own.k, &layer.own.v}, w);
     }
     team.barrier();
-    apply(layer.q, w.normed, w.q.data(), q_size, Linear::Write::kStore);
-    apply(layer.k, w.normed, w.k.data(), kv_size, Linear::Write::kStore);
-    apply(layer.v, w.normed, w.v.data(), kv_size, Linear::Write::kStore);
+    apply(layer.q, w.input(layer.own.q, 0), w.q.data(), q_size, Linear::Write::kStore);
+    apply(layer.k, w.input(layer.own.k, 1), w.k.data(), kv_size, Linear::Write::kStore);
+    apply(layer.v, w.input(layer.own.v, 2), w.v.data(), kv_size, Linear::Write::kStore);
     team.barrier();
-    attention_.store(team, index, w.q.data(), w.k.data(), w.v.data());
+    const HeadNorms head_norms{layer.q_norm.empty() ? nullptr : layer.q_norm.data(),
+                               layer.k_norm.empty() ? nullptr : layer.k_norm.data(), shape_.rms_norm_eps};
+    attention_.store(team, index, w.q.data(), w.k.data(), w.v.data(), head_norms);
     team.barrier();
     attention_.attend(team, index, w.attended.row(0), w.attended.stride());
     team.barrier();
     for (int t = mine.begin; t < mine.end; ++t) {
-        if (!layer.attn_sub_norm.empty()) norm(w.attended.row(t), layer.attn_sub_norm, w.attended.row(t));
+        norm_in_place(w.attended.row(t), layer.attn_sub_norm, layer.own.o);
         w.attended.quantize(t, kernels);
     }
     team.barrier();
@@ -237,20 +255,21 @@ void Decoder::run_layer(Team& team, int index, int n, Workspace& w) {
 
     for (int t = mine.begin; t < mine.end; ++t) {
         norm(w.hidden.data() + t * hidden, layer.post_attention_norm, w.normed.row(t));
-        w.normed.quantize(t, kernels);
+        quantize_inputs(t, {&layer.own.gate, &layer.own.up}, w);
     }
     team.barrier();
+    const Activations &gate_input = w.input(layer.own.gate, 0), &up_input = w.input(layer.own.up, 1);
     const auto activate = shape_.activation == Gate::kSilu ? vectors.silu_gate : vectors.relu2_gate;
     Chunks chunks(team, static_cast<int>(inner), kChunkRows);
     for (Range rows = chunks.next(); !rows.empty(); rows = chunks.next()) {
-        layer.gate->apply(rows, w.normed, n, w.gated.row(0), w.gated.stride(), Linear::Write::kStore, scratch);
-        layer.up->apply(rows, w.normed, n, w.up.data(), inner, Linear::Write::kStore, scratch);
+        layer.gate->apply(rows, gate_input, n, w.gated.row(0), w.gated.stride(), Linear::Write::kStore, scratch);
+        layer.up->apply(rows, up_input, n, w.up.data(), inner, Linear::Write::kStore, scratch);
         for (int t = 0; t < n; ++t)
             activate(w.gated.row(t) + rows.begin, w.up.data() + t * inner + rows.begin, rows.end - rows.begin);
     }
     team.barrier();
     for (int t = mine.begin; t < mine.end; ++t) {
-        if (!layer.ffn_sub_norm.empty()) norm(w.gated.row(t), layer.ffn_sub_norm, w.gated.row(t));
+        norm_in_place(w.gated.row(t), layer.ffn_sub_norm, layer.own.down);
         w.gated.quantize(t, kernels);
     }
     team.barrier();
@@ -260,6 +279,27 @@ void Decoder::run_layer(Team& team, int index, int n, Workspace& w) {
 
 void Decoder::norm(const float* x, const Norm& weight, float* out) const {
     runner_->kernels.vectors->rms_norm(x, weight.data(), static_cast<int>(weight.size()), shape_.rms_norm_eps, out);
+}
+
+void Decoder::norm_in_place(float* x, const Norm& sub_norm, const Norm& own_norm) const {
+    if (!sub_norm.empty()) norm(x, sub_norm, x);
+    if (!own_norm.empty())
+        runner_->kernels.vectors->rms_norm(x, own_norm.data(), static_cast<int>(own_norm.size()),
+                                           shape_.linear_norm_eps, x);
+}
+
+/// Codes of a token's normed input, and of the same behind the norm of each linear that has one.
+void Decoder::quantize_inputs(int token, std::initializer_list<const Norm*> own_norms, Workspace& w) const {
+    const Kernels& kernels = runner_->kernels;
+    w.normed.quantize(token, kernels);
+    int place = 0;
+    for (const Norm* own : own_norms) {
+        const Activations& x = w.own_normed[place++];
+        if (own->empty()) continue;
+        kernels.vectors->rms_norm(w.normed.row(token), own->data(), static_cast<int>(own->size()),
+                                  shape_.linear_norm_eps, x.row(token));
+        x.quantize(token, kernels);
+    }
 }
 
 float Decoder::negative_log_likelihood(const float* logits, int target) const {

@@ -1,10 +1,11 @@
-// The whole forward step of a decoder of the llama and bitnet families: tokens in, logits out, in one call.
+// The whole forward step of a decoder of the llama, qwen and bitnet families: tokens in, logits out, in one call.
 //
 // RMSNorm; q, k, v with grouped heads; rotary embedding; causal attention; gated MLP with silu or relu^2; optional
-// norms before the o and down projections; an output head that may be the embedding itself. All float32 but for the
-// linears, each of which carries its own number format.
+// norms of each query and key head, before the o and down projections, and in front of any single linear; an output
+// head that may be the embedding itself. All float32 but for the linears, each of which carries its own number format.
 #pragma once
 
+#include <initializer_list>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -35,17 +36,25 @@ Gate gate_activation(const std::string& name);  // "silu", "relu2"; throws std::
 struct DecoderShape {
     int vocab_size, hidden_size, intermediate_size;
     HeadShape heads;
-    double rope_theta;
+    Rotary rotary;
     float rms_norm_eps;
     Gate activation;
     int context_length;
+    float linear_norm_eps = 0.0f;  // of OwnNorms
 };
 
 using Norm = std::vector<float>;  // empty: none
 
+/// Norms that a linear has for itself: its input passes through, and nobody else sees it.
+struct OwnNorms {
+    Norm q, k, v, o, gate, up, down;
+};
+
 struct Layer {
     LinearPtr q, k, v, o, gate, up, down;
     Norm input_norm, post_attention_norm, attn_sub_norm, ffn_sub_norm;
+    Norm q_norm, k_norm;  // of each head
+    OwnNorms own;
 };
 
 enum class Want { kNone, kLast, kAll, kNll };
@@ -90,6 +99,8 @@ class Decoder {
     Workspace& workspace(int tokens);
     void run_layer(Team& team, int layer, int tokens, Workspace& w);
     void norm(const float* x, const Norm& weight, float* out) const;
+    void norm_in_place(float* x, const Norm& sub_norm, const Norm& own_norm) const;
+    void quantize_inputs(int token, std::initializer_list<const Norm*> own_norms, Workspace& w) const;
     /// -log softmax(logits)[target]; 0 for the target -1.
     float negative_log_likelihood(const float* logits, int target) const;
     void run_head(Team& team, const std::vector<Output>& outputs, Workspace& w) const;

@@ -407,6 +407,13 @@ void test_exp(const char* isa) {
     }
 }
 
+Rotary rotary(int head_dim) {
+    Rotary r;
+    for (int i = 0; i < head_dim; i += 2)
+        r.frequencies.push_back(static_cast<float>(std::pow(10000.0, -static_cast<double>(i) / head_dim)));
+    return r;
+}
+
 /// Attention of random tokens: [token, heads * head_dim]. `cuts` cuts the prompt into steps.
 std::vector<float> attention(const char* isa, const HeadShape& shape, int bits, int tokens, int threads,
                              std::vector<int> cuts) {
@@ -420,7 +427,7 @@ std::vector<float> attention(const char* isa, const HeadShape& shape, int bits, 
     const std::vector<float> q = random_rows(q_size), k = random_rows(kv_size), v = random_rows(kv_size);
     std::vector<float> out(q.size() * layers);
     KvPages pages(layers, shape.kv_heads, shape.head_dim, bits);
-    Attention attention(shape, 10000.0, pages, kernels_for(isa), threads);
+    Attention attention(shape, rotary(shape.head_dim), pages, kernels_for(isa), threads);
     Pool pool(threads);
     const int sequence = pages.create();
     cuts.push_back(tokens);
@@ -477,12 +484,23 @@ std::unique_ptr<Decoder> small_decoder(int threads, const char* isa, const std::
         return make_linear(stored(source_layout("hf_bitlinear"), source, rows, columns), runner->ternary, 0.05f, "a8",
                            nullptr, runner->pool, runner->arena, runner->kernels);
     };
-    const DecoderShape shape{kVocab, kHidden, kInner, {4, 2, 12}, 10000.0, 1e-5f, Gate::kRelu2, 400};
+    const DecoderShape shape{kVocab, kHidden, kInner, {4, 2, 12}, rotary(12), 1e-5f, Gate::kRelu2, 400};
     std::vector<Layer> layers;
     for (int i = 0; i < 2; ++i)
-        layers.push_back({linear(48, kHidden), linear(24, kHidden), linear(24, kHidden), linear(kHidden, 48),
-                          linear(kInner, kHidden), linear(kInner, kHidden), linear(kHidden, kInner),
-                          Norm(kHidden, 1.0f), Norm(kHidden, 0.9f), Norm(48, 1.1f), Norm(kInner, 1.0f)});
+        layers.push_back({linear(48, kHidden),
+                          linear(24, kHidden),
+                          linear(24, kHidden),
+                          linear(kHidden, 48),
+                          linear(kInner, kHidden),
+                          linear(kInner, kHidden),
+                          linear(kHidden, kInner),
+                          Norm(kHidden, 1.0f),
+                          Norm(kHidden, 0.9f),
+                          Norm(48, 1.1f),
+                          Norm(kInner, 1.0f),
+                          Norm(12, 1.1f),
+                          Norm(12, 0.9f),
+                          {}});
     const Stored rows = stored(source_layout("f32"), table, kVocab, kHidden);
     auto exact = std::make_shared<FloatLinear>(rows, 1.0f, nullptr, runner->pool, runner->arena, runner->kernels);
     auto head = std::make_shared<Head>(exact);

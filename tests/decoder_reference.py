@@ -1,5 +1,6 @@
 """A decoder in plain numpy, written from the definition, and small random weights for it. No code of tritkit's."""
 
+from dataclasses import replace
 from itertools import count
 
 import numpy as np
@@ -67,16 +68,21 @@ def random_linear(rng: np.random.Generator, format: str, rows: int, cols: int, b
 
 def random_decoder(family: str, format: str, seed: int = 0, **changes):
     """DecoderWeights and the function tokens -> float64 logits [t, vocab] that they stand for. format: of all linears,
-    or "blocks": one layout of ggml after the other."""
-    bitnet = family == "bitnet"
+    or "blocks": one layout of ggml after the other. The family "all" has everything that some family has: norms of
+    heads and of single linears, biases, and cos and sin that are scaled."""
+    bitnet, has_all = family == "bitnet", family == "all"
     sizes = {"vocab_size": 97, "hidden_size": 40, "intermediate_size": 72, "num_layers": 3, "context_length": 400}
-    heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 10}
+    sizes |= {"num_heads": 4, "num_kv_heads": 2, "head_dim": 10, **changes}
+    d = sizes["head_dim"]
     shape = DecoderShape(
-        **{**sizes, **heads, **changes},
-        rope_theta=10000.0,
+        **sizes,
+        inverse_frequencies=(10000.0 ** (-np.arange(0, d, 2) / d)).astype(np.float32),
         rms_norm_eps=1e-5,
         activation="relu2" if bitnet else "silu",
-        sub_norms=bitnet,
+        sub_norms=bitnet or has_all,
+        attention_factor=1.25 if has_all else 1.0,
+        qk_norms=has_all,
+        linear_norm_eps=1e-3 if has_all else 0.0,
     )
     rng = np.random.default_rng(seed)
     matrices: dict[int, np.ndarray] = {}
@@ -87,6 +93,8 @@ def random_decoder(family: str, format: str, seed: int = 0, **changes):
         if format == "blocks":
             format = list(GGML)[next(turn) % len(GGML)].lower()
         weights, values = random_linear(rng, format, rows, cols, bias)
+        if has_all and rows != shape.vocab_size:
+            weights = replace(weights, norm=norm(cols), bias=rng.standard_normal(rows).astype(np.float32))
         matrices[id(weights)] = values
         return weights
 
@@ -107,8 +115,10 @@ def random_decoder(family: str, format: str, seed: int = 0, **changes):
             down=linear(hidden, inner),
             input_norm=norm(hidden),
             post_attention_norm=norm(hidden),
-            attn_sub_norm=norm(q) if bitnet else None,
-            ffn_sub_norm=norm(inner) if bitnet else None,
+            attn_sub_norm=norm(q) if shape.sub_norms else None,
+            ffn_sub_norm=norm(inner) if shape.sub_norms else None,
+            q_norm=norm(shape.head_dim) if has_all else None,
+            k_norm=norm(shape.head_dim) if has_all else None,
         )
         for _ in range(shape.num_layers)
     ]
@@ -126,6 +136,7 @@ def forward(weights: DecoderWeights, matrices: dict[int, np.ndarray], tokens: np
     s, eps, n = weights.shape, weights.shape.rms_norm_eps, len(tokens)
 
     def apply(w: LinearWeights, x: np.ndarray) -> np.ndarray:
+        x = norm(x, w.norm, s.linear_norm_eps)
         if w.activations == "a8_g32":
             x = dequantize_activations(x.astype(np.float32))
         elif w.activations:
@@ -134,12 +145,12 @@ def forward(weights: DecoderWeights, matrices: dict[int, np.ndarray], tokens: np
             x = np.clip(np.rint(x * inverse), -128, 127) / inverse
         return x @ matrices[id(w)].T * w.scale + (0 if w.bias is None else w.bias)
 
-    def norm(x, weight):
+    def norm(x, weight, eps=eps):
         return x if weight is None else x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * weight
 
-    frequencies = (s.rope_theta ** (-np.arange(0, s.head_dim, 2) / s.head_dim)).astype(np.float32)
-    angles = (np.arange(n, dtype=np.float32)[:, None] * frequencies).astype(np.float64)[:, None, :]  # t, 1, half
-    cos, sin = np.cos(angles), np.sin(angles)
+    angles = np.arange(n, dtype=np.float32)[:, None, None] * s.inverse_frequencies  # t, 1, half
+    angles = angles.astype(np.float64)
+    cos, sin = s.attention_factor * np.cos(angles), s.attention_factor * np.sin(angles)
 
     def rotate(x):
         a, b = np.split(x, 2, axis=-1)
@@ -149,6 +160,7 @@ def forward(weights: DecoderWeights, matrices: dict[int, np.ndarray], tokens: np
     for layer in weights.layers:
         h = norm(x, layer.input_norm)
         q, k, v = (apply(w, h).reshape(n, -1, s.head_dim) for w in (layer.q, layer.k, layer.v))
+        q, k = norm(q, layer.q_norm), norm(k, layer.k_norm)
         group = s.num_heads // s.num_kv_heads
         k, v = np.repeat(rotate(k), group, 1), np.repeat(v, group, 1)
         scores = np.einsum("qhd,khd->hqk", rotate(q), k) * s.head_dim**-0.5

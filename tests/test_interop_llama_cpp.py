@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from tritkit.checkpoint import linear_names, open_folder
+from tritkit.checkpoint import linear_names, norm_sizes, open_folder
 from tritkit.cli import main
 from tritkit.engine import Job
 from tritkit.engine.load import decoder_weights
@@ -14,7 +14,7 @@ from tritkit.engine.native import NativeEngine
 from tritkit.speed.bench import KEYS
 from tritkit.speed.measure import Work
 from tritkit.speed.peer import GgufTensor, LlamaCpp, write_gguf
-from tritkit.speed.shapes import LOGIT_SPREAD, SHAPES, norm_sizes, random_folder
+from tritkit.speed.shapes import LOGIT_SPREAD, SHAPES, random_folder
 
 pytest.importorskip("llama_cpp")
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore")]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tritkit.checkpoint import linear_names, linear_shape
+from tritkit.models import FAMILIES
 from tritkit.models.config import ModelConfig, config_from_hf
 from tritkit.models.transformer import build
 
@@ -138,10 +139,9 @@ REFUSED = [
     ({"model_type": "mamba"}, "model_type 'mamba'"),
     ({"model_type": None}, "model_type None"),
     ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-    ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope scaling 'llama3'"),
-    ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling 'linear'"),
-    ({"attention_bias": True}, "attention_bias"),
-    ({"mlp_bias": True}, "mlp_bias"),
+    ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope scaling 'llama3' needs low_freq_factor"),
+    ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope scaling 'dynamic'"),
+    ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "rope scaling 'linear' needs factor"),
     ({"head_dim": 5}, "head_dim 5"),
     ({"hidden_size": 30}, r"hidden_size 30 .*num_attention_heads 4"),
     ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
@@ -172,22 +172,25 @@ def test_a_size_that_is_missing_is_named(name):
 
 @pytest.mark.interop
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("family", "name"), [("llama", "LlamaConfig"), ("bitnet", "BitNetConfig")])
-def test_what_config_json_leaves_out_is_as_in_transformers(family, name):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_config_json_leaves_out_is_as_in_transformers(family):
     transformers = pytest.importorskip("transformers")
-    hf = {
-        k: v
-        for k, v in config("llama" if family == "llama" else "b158").to_hf().items()
-        if k.endswith(("_size", "_layers", "_heads"))
-    }
-    ours, theirs = config_from_hf({"model_type": family, **hf}, None, None), getattr(transformers, name)(**hf)
-    for field in ("tie_word_embeddings", "rms_norm_eps", "max_position_embeddings"):
+    hf = dict(vocab_size=96, hidden_size=320, intermediate_size=80, num_hidden_layers=2, num_attention_heads=160)
+    hf |= {"sliding_window": None} if family == "mistral" else {}
+    theirs = transformers.AutoConfig.for_model(family, **hf)
+    ours = config_from_hf({"model_type": family, **hf}, None, None)
+    for field in ("tie_word_embeddings", "rms_norm_eps", "max_position_embeddings", "num_key_value_heads"):
         assert getattr(ours, field) == getattr(theirs, field), field
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or 2)
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    if family == "mistral":
+        del hf["sliding_window"]
+        with pytest.raises(ValueError, match=f"sliding_window {type(theirs)().sliding_window}, shorter"):
+            config_from_hf({"model_type": family, **hf}, None, None)
 
 
 def test_settings_of_a_model_are_checked():
-    for name in [f.name for f in dataclasses.fields(ModelConfig) if f.type == "int"]:
+    for name in [f.name for f in dataclasses.fields(ModelConfig) if f.type == "int" and f.name != "head_dim"]:
         with pytest.raises(ValueError, match=name):
             config(**{name: 0})
     with pytest.raises(ValueError, match="even head size"):

@@ -25,7 +25,8 @@ FLIP_TOLERANCE = 0.05
 MEDIAN_TOLERANCE = 2e-5
 
 MODELS = [("llama", "f32"), ("llama", "f16"), ("llama", "bf16"), ("llama", "ternary"), ("llama", "binary"),
-          ("bitnet", "ternary"), ("bitnet", "binary"), ("bitnet", "f32")]  # fmt: skip
+          ("bitnet", "ternary"), ("bitnet", "binary"), ("bitnet", "f32"),
+          ("all", "ternary"), ("all", "bf16")]  # fmt: skip
 
 
 @pytest.fixture(params=MODELS, ids="-".join, scope="module")

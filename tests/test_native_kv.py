@@ -58,10 +58,12 @@ def rounded(x: np.ndarray, bits: int) -> np.ndarray:
     return scale * (np.clip(np.rint(x / np.maximum(scale, 1e-30) + most / 2), 0, most) - most / 2)
 
 
-def rotate(x: np.ndarray, theta: float) -> np.ndarray:
-    d = x.shape[-1]
-    frequencies = (theta ** (-np.arange(0, d, 2) / d)).astype(np.float32)
-    angles = (np.arange(len(x), dtype=np.float32)[:, None] * frequencies).astype(np.float64)[:, None]
+def frequencies(d: int) -> np.ndarray:
+    return (THETA ** (-np.arange(0, d, 2) / d)).astype(np.float32)
+
+
+def rotate(x: np.ndarray) -> np.ndarray:
+    angles = (np.arange(len(x), dtype=np.float32)[:, None] * frequencies(x.shape[-1])).astype(np.float64)[:, None]
     a, b = np.split(x, 2, axis=-1)
     return np.concatenate([a * np.cos(angles) - b * np.sin(angles), b * np.cos(angles) + a * np.sin(angles)], -1)
 
@@ -87,9 +89,9 @@ def test_attention_is_that_of_the_rounded_cache(isa, bits, shape):
     heads, kv_heads, d = shape
     rng, n = np.random.default_rng(d), 300
     q, k, v = (rng.standard_normal((n, h, d)).astype(np.float32) for h in (heads, kv_heads, kv_heads))
-    found = _native.attention(q, k, v, THETA, bits, 2, isa)
+    found = _native.attention(q, k, v, frequencies(d), bits, 2, isa)
     q, k, v = (x.astype(np.float64) for x in (q, k, v))
-    expected = attention(rotate(q, THETA), rotate(k, THETA), v, bits)
+    expected = attention(rotate(q), rotate(k), v, bits)
     # float32 sums of 128 products, and a value in a while that falls to the other side of a half, one step of one of d.
     most, typical = {32: (3e-6, 3e-7), 16: (1e-4, 3e-7)}.get(bits, (4e-3 if bits == 8 else 0.1, 2e-5))
     # Codes are multiplied with softmax weights of 14 bits: 256 of them, each off by at most 1 / 32766 of the largest.
@@ -104,7 +106,7 @@ def test_a_single_position_comes_back_within_half_a_step(bits):
     v = rng.standard_normal((2, 3, 64)).astype(np.float32) * np.array([1.0, 1e-3, 300.0], np.float32)[:, None]
     k = np.zeros_like(v)
     k[1] = 100.0  # the second position wins the softmax by far
-    found = _native.attention(100 * np.ones_like(v), k, v, THETA, bits, 1, "")
+    found = _native.attention(100 * np.ones_like(v), k, v, frequencies(64), bits, 1, "")
     absmax = np.abs(v).max(-1, keepdims=True)
     for position, width in ((0, max(bits, 8)), (1, bits)):
         # Half a step, and what a float16 scale can be off by at the largest value.
@@ -120,11 +122,11 @@ def test_extreme_values(bits):
     n, d = 300, 256
     ones = np.ones((n, 1, d), np.float32)
     for size in (0.0, 1e-30, 1.0, 7e4):
-        found = _native.attention(ones, ones * size, ones * size, THETA, bits, 1, "")
+        found = _native.attention(ones, ones * size, ones * size, frequencies(d), bits, 1, "")
         expected = 0.0 if bits <= 16 and size == 1e-30 else min(size, 65504.0) if bits == 16 else size
         np.testing.assert_allclose(found, expected, rtol=1e-3)
         np.testing.assert_allclose(
-            _native.attention(-ones, ones * size, -ones * size, THETA, bits, 1, ""), -expected, rtol=1e-3
+            _native.attention(-ones, ones * size, -ones * size, frequencies(d), bits, 1, ""), -expected, rtol=1e-3
         )
 
 

@@ -256,7 +256,7 @@ def large_weights(place) -> DecoderWeights:
         linears = {name: linear(f"{i}.{name}", *shape) for name, shape in sizes.items()}
         layers.append(LayerWeights(**linears, input_norm=ones(hidden), post_attention_norm=ones(hidden)))
     table = LinearWeights("f32", place("table", np.zeros((vocab, hidden), np.float32)), vocab, hidden)
-    shape = DecoderShape(vocab, hidden, inner, 2, 16, 16, 128, 1e4, 1e-5, "silu", False, 4096)
+    shape = DecoderShape(vocab, hidden, inner, 2, 16, 16, 128, ones(64), 1e-5, "silu", False, 4096)
     return DecoderWeights(shape, table, layers, ones(hidden), dataclasses.replace(table))
 
 

@@ -70,6 +70,18 @@ def matrix_shape(config: ModelConfig, name: str) -> tuple[int, int]:
     return (config.vocab_size, config.hidden_size) if name in (EMBEDDING, HEAD) else linear_shape(config, name)
 
 
+def norm_sizes(config: ModelConfig) -> dict[str, int]:
+    """The norms between the linears by name."""
+    heads = config.num_attention_heads * config.head_dim
+    sizes = {"input_layernorm": config.hidden_size, "post_attention_layernorm": config.hidden_size}
+    if config.sub_norms:
+        sizes |= {"self_attn.attn_sub_norm": heads, "mlp.ffn_sub_norm": config.intermediate_size}
+    if config.qk_norms:
+        sizes |= {"self_attn.q_norm": config.head_dim, "self_attn.k_norm": config.head_dim}
+    norms = {f"model.layers.{i}.{n}": size for i in range(config.num_hidden_layers) for n, size in sizes.items()}
+    return norms | {"model.norm": config.hidden_size}
+
+
 @dataclass(frozen=True)
 class ModelFolder:
     """An opened model: a folder, or a file that is read as one. Tensors have Hugging Face's names.
@@ -190,17 +202,33 @@ def open_folder(folder: Path | str) -> ModelFolder:
 
 
 def require_complete(folder: ModelFolder) -> None:
-    """ValueError with the first matrix that is missing or does not have the shape that the config asks for."""
-    for name in matrix_names(folder.config):
-        if f"{name}.weight" not in folder.tensors:
+    """ValueError with the first tensor that is missing, has not the shape that the config asks for, or is another
+    architecture's: a norm or bias inside the layers that this model would not use."""
+    config, tensors = folder.config, folder.tensors
+    for name in matrix_names(config):
+        if f"{name}.weight" not in tensors:
             raise ValueError(f"{folder.path} has no tensor {name}.weight: the weights do not fit config.json")
-        found, wanted = folder.tensors[f"{name}.weight"].array.shape, matrix_shape(folder.config, name)
         if name not in folder.layouts:
+            found, wanted = tensors[f"{name}.weight"].array.shape, matrix_shape(config, name)
             if found != wanted:
                 raise ValueError(f"{name}.weight has the shape {found}, but config.json asks for {wanted}")
-        elif folder.layouts[name] in SCALED and f"{name}.weight_scale" not in folder.tensors:
+        elif folder.layouts[name] in SCALED and f"{name}.weight_scale" not in tensors:
             raise ValueError(
                 f"{folder.path} has no tensor {name}.weight_scale, which the layout {folder.layouts[name]} needs"
+            )
+    linears = linear_names(config)
+    known = {f"{name}.rms_norm.weight" for name in linears if config.linear_norm_eps and config.is_low_bit(name)}
+    known |= {f"{name}.bias" for name in linears if config.has_bias(name)} | {f"{n}.weight" for n in norm_sizes(config)}
+    missing = next((name for name in sorted(known) if name not in tensors), None)
+    if missing:
+        raise ValueError(f"{folder.path} has no tensor {missing}: the weights do not fit config.json")
+    owners = set(linears)
+    for name in tensors:
+        owner, _, kind = name.rpartition(".")
+        is_linear = owner in owners and kind.startswith("weight")
+        if name.startswith("model.layers.") and not (is_linear or name in known or kind == "inv_freq"):
+            raise ValueError(
+                f"{folder.path} has a tensor {name}, which config.json says nothing of: it is another model"
             )
 
 
@@ -221,8 +249,6 @@ def _formats_of(hf: dict[str, Any]) -> tuple[str | None, str | None]:
         return q.get("weights"), q.get("activations")
     if method != "bitnet":
         raise ValueError(f"config.json has quant_method {method!r}; tritkit reads 'bitnet' and 'tritkit'")
-    if q.get("use_rms_norm"):
-        raise ValueError("config.json has use_rms_norm = true (a norm in every linear), which tritkit does not run yet")
     return "ternary", "a8"
 
 
@@ -231,8 +257,9 @@ def _layouts_of(hf: dict[str, Any], config: ModelConfig) -> dict[str, str]:
     q = _quantization(hf)
     if q is None:
         return {}
+    low_bit = [name for name in linear_names(config) if config.weights is None or config.is_low_bit(name)]
     if q.get("quant_method") == "tritkit":
-        found = dict.fromkeys(linear_names(config), q["layout"]) if q.get("layout") is not None else {}
+        found = dict.fromkeys(low_bit, q["layout"]) if q.get("layout") is not None else {}
         others = q.get("layouts") or {}
         if not isinstance(others, dict):
             raise ValueError(f"config.json has layouts {others!r}, expected a table of names")
@@ -244,15 +271,18 @@ def _layouts_of(hf: dict[str, Any], config: ModelConfig) -> dict[str, str]:
             if layout is not None:
                 found[name] = layout
         for layout in found.values():
-            if layout not in LAYOUTS:
+            if not isinstance(layout, str) or layout not in LAYOUTS:
                 raise ValueError(f"config.json has layout {layout!r}; known are {', '.join(LAYOUTS)}")
         return found
     linear_class = q.get("linear_class", "bitlinear")
-    if linear_class == "autobitlinear" and q.get("quantization_mode", "offline") == "online":
+    mode = q.get("quantization_mode", "offline")
+    if mode not in ("online", "offline"):
+        raise ValueError(f"config.json has quantization_mode {mode!r}; known are 'online' and 'offline'")
+    if linear_class == "autobitlinear" and mode == "online":
         return {}
     if linear_class not in ("bitlinear", "autobitlinear"):
         raise ValueError(f"config.json has linear_class {linear_class!r}; known are 'bitlinear' and 'autobitlinear'")
-    return dict.fromkeys(linear_names(config), f"hf_{linear_class}")
+    return dict.fromkeys(low_bit, f"hf_{linear_class}")
 
 
 class _Shards(dict[str, StoredTensor]):
@@ -296,7 +326,8 @@ def write_folder(
     path.mkdir(parents=True, exist_ok=True)
     write_tensors(path / "model.safetensors", tensors, {}, advance)
     tokenizer.save(path)
-    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    stops = tokenizer.stop_ids
+    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops if len(stops) > 1 else tokenizer.eos_id}
     with atomic_open(path / "generation_config.json") as file:
         json.dump({**special, "do_sample": True, "temperature": 0.8}, file, indent=2)
     embedding = tensors[f"{EMBEDDING}.weight"].dtype
@@ -316,8 +347,12 @@ def quantization_config(config: ModelConfig, layouts: Mapping[str, str]) -> dict
     """What config.json says of the formats: in transformers' words where it has them, else in ours."""
     if config.weights is None and not layouts:
         return None
+    excluded = [*config.full_precision, "lm_head"] if config.full_precision else None
+    modules: dict[str, Any] = {"modules_to_not_convert": excluded and list(dict.fromkeys(excluded))}
+    if config.linear_norm_eps:
+        modules |= {"use_rms_norm": True, "rms_norm_eps": config.linear_norm_eps}
     ours = set(layouts.values())
-    stored = set(layouts) == set(linear_names(config)) and len(ours) == 1
+    stored = set(layouts) == {n for n in linear_names(config) if config.is_low_bit(n)} and len(ours) == 1
     if (config.weights, config.activations) == HF_FORMATS and (
         not layouts or (stored and ours <= {"hf_autobitlinear", "hf_bitlinear"})
     ):
@@ -326,9 +361,9 @@ def quantization_config(config: ModelConfig, layouts: Mapping[str, str]) -> dict
             "quant_method": "bitnet",
             "linear_class": "bitlinear" if divides else "autobitlinear",
             **({} if divides else {"quantization_mode": "offline" if layouts else "online"}),
-            "modules_to_not_convert": None,
+            **modules,
         }
-    q = {"quant_method": "tritkit", "weights": config.weights, "activations": config.activations}
+    q = {"quant_method": "tritkit", "weights": config.weights, "activations": config.activations, **modules}
     return {**q, "layout": ours.pop()} if stored else {**q, "layout": None, "layouts": dict(layouts)}
 
 

@@ -26,9 +26,10 @@ def describe(folder: ModelFolder, per_linear: PerLinear | None = None) -> dict[s
 
 
 def code_shares(folder: ModelFolder) -> PerLinear:
-    """Share of each code of -1, 0, +1 in every linear of a packed folder."""
+    """Share of each code of -1, 0, +1 in every ternary or binary linear that is stored as codes."""
     found = {}
-    for name in linear_names(folder.config) if folder.is_packed else ():
+    coded = folder.layouts if folder.config.weights is not None else ()
+    for name in (n for n in linear_names(folder.config) if n in coded):
         codes = folder.codes(name).codes
         found[name] = {share: float((codes == code).mean()) for share, code in SHARES.items()}
     return found

@@ -46,6 +46,9 @@ class Linear(nn.Linear):
         """What this linear wants to be given for x; shared by the linears that read the same x."""
         return x
 
+    def forward(self, x: Tensor | Codes) -> Tensor:  # type: ignore[override]
+        return super().forward(x.x if isinstance(x, Codes) else x)
+
 
 def run_on_integers(weights: Format, activations: Format) -> bool:
     """Whether a product in these formats is one of int8 codes: one weight scale, one scale a token, no offset."""
@@ -59,14 +62,25 @@ class BitLinear(Linear):
 
     Forward: y = (codes of x) . (codes of W) * scale of x * scale of W, an exact integer product (BitNet eq. 7 and
     b1.58 section 2 of the papers). Backward: straight through both roundings, so dL/dx = dL/dy . W~ and
-    dL/dW = dL/dy^T . x~ with the rounded values. Norms are not inside: they sit where BitNet-b1.58-2B-4T has them.
+    dL/dW = dL/dy^T . x~ with the rounded values.
 
     ``strength`` below 1 mixes the latent values in (warm-up of a conversion, FACTS 6.5) and runs in floating point.
+    norm_eps: above 0 the input passes through a norm first (transformers' use_rms_norm); BitNet-b1.58-2B-4T has its
+    norms outside.
     """
 
-    def __init__(self, in_features: int, out_features: int, weights: Format, activations: Format, bias: bool = False):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        weights: Format,
+        activations: Format,
+        bias: bool = False,
+        norm_eps: float = 0.0,
+    ):
         super().__init__(in_features, out_features, bias)
         self.weights, self.activations = weights, activations
+        self.rms_norm = RMSNorm(in_features, norm_eps) if norm_eps else None
         self.strength = 1.0
 
     @property
@@ -75,8 +89,10 @@ class BitLinear(Linear):
         return self.strength == 1.0 and run_on_integers(self.weights, self.activations)
 
     def prepare(self, x: Tensor) -> Tensor | Codes:
-        if not self.is_integer:
-            return x
+        """Codes of x; x itself where this linear has a norm of its own, so that nothing can be shared."""
+        return self.encode(x) if self.is_integer and self.rms_norm is None else x
+
+    def encode(self, x: Tensor) -> Codes:
         with torch.no_grad():
             rows = self.activations.split(x.detach().float())
             grid = self.activations.fit(rows)
@@ -85,13 +101,14 @@ class BitLinear(Linear):
 
     def forward(self, x: Tensor | Codes) -> Tensor:  # type: ignore[override]
         if isinstance(x, Tensor):
-            x = self.prepare(x)
+            x = x if self.rms_norm is None else self.rms_norm(x)
+            x = self.encode(x) if self.is_integer else x
         if isinstance(x, Codes):
             y = _IntegerLinear.apply(x.x, self.weight, x.values, x.scale, self.weights)
         else:
             w = fake_quantize(self.weight, self.weights, self.strength)
             y = F.linear(fake_quantize(x, self.activations, self.strength), w)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, weights={self.weights.name}, activations={self.activations.name}"
@@ -137,35 +154,45 @@ class _IntegerLinear(torch.autograd.Function):
 class PackedLinear(nn.Module):
     """A linear that only runs: codes are kept as int8, the product is the same integer product as BitLinear's.
 
-    codes: int8 [o, i]; scale: float32 scalar; activations: the format that x is rounded to.
+    codes: int8 [o, i]; scale: float32 scalar; activations: the format that x is rounded to; norm_eps as in BitLinear.
     """
 
-    def __init__(self, codes: Tensor, scale: Tensor, activations: Format, bias: Tensor | None = None):
+    def __init__(
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        activations: Format,
+        bias: Tensor | None = None,
+        norm_eps: float = 0.0,
+    ):
         super().__init__()
         if activations.group != "row" or activations.has_offset or not activations.fits_int8:
             raise ValueError(
                 f"packed weights run on int8 activations with one scale a token, not on {activations.name}"
             )
-        self.codes, self.scale, self.bias = nn.Buffer(codes), nn.Buffer(scale), bias
+        self.codes, self.scale = nn.Buffer(codes), nn.Buffer(scale)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.activations = activations
         self.out_features, self.in_features = codes.shape
+        self.rms_norm = RMSNorm(self.in_features, norm_eps) if norm_eps else None
 
-    prepare = BitLinear.prepare
+    prepare, encode = BitLinear.prepare, BitLinear.encode
     is_integer = True
 
     def forward(self, x: Tensor | Codes) -> Tensor:
-        codes = x if isinstance(x, Codes) else self.prepare(x)  # type: ignore[misc]
-        assert isinstance(codes, Codes)
+        if isinstance(x, Tensor):
+            x = self.encode(x if self.rms_norm is None else self.rms_norm(x))  # type: ignore[misc]
+        codes = x
         y = integer_product(codes.values, self.codes).float() * (codes.scale * self.scale)
         y = y.reshape(*codes.x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
 
-def linear_for(weights: str | None, activations: str | None):
-    """The class of linear for a pair of formats, as a function (in_features, out_features) -> Linear."""
+def linear_for(weights: str | None, activations: str | None, norm_eps: float = 0.0):
+    """The class of linear for a pair of formats, as a function (in_features, out_features, bias=False) -> Linear."""
     if weights is None:
         return Linear
     if activations is None:
         raise ValueError(f"weights in {weights!r} need an activation format too, for instance activations = 'a8'")
     w, a = format_of(weights), format_of(activations)
-    return lambda in_features, out_features: BitLinear(in_features, out_features, w, a)
+    return lambda in_features, out_features, bias=False: BitLinear(in_features, out_features, w, a, bias, norm_eps)

@@ -39,7 +39,7 @@ def pack_linears(folder: ModelFolder) -> tuple[dict[str, Packed], str]:
         raise ValueError(f"activations in {activations} cannot run on packed weights; int8 ones a token can")
     layout = LAYOUTS[format.layout]
     found = {}
-    names = linear_names(folder.config)
+    names = [name for name in linear_names(folder.config) if folder.config.is_low_bit(name)]
     with progress(f"pack {folder.path.name}", len(names), "linears") as advance:
         for name in names:
             latent = torch.from_numpy(folder.tensors[f"{name}.weight"].float32())

@@ -19,21 +19,31 @@ BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 
 
 class Tokenizer:
-    """A tokenizers.Tokenizer with the begin and end of a text and the chat template that its folder names."""
+    """A tokenizers.Tokenizer with the begin and end of a text and the chat template that its folder names.
 
-    def __init__(self, inner: HFTokenizer, config: dict[str, Any]):
+    stop_ids: the tokens at which generation ends, eos_id and those of ``stops``, in order.
+    """
+
+    def __init__(self, inner: HFTokenizer, config: dict[str, Any], stops: Iterable[int] = ()):
         self.inner, self.config = inner, config
         self.bos_id = self._id(config.get("bos_token"))
         self.eos_id = self._id(config.get("eos_token"))
+        self.stop_ids = sorted({*stops} | ({self.eos_id} if self.eos_id is not None else set()))
         self.chat_template: str | None = config.get("chat_template")
+        self._first = self._space_to_lose()
 
     def _id(self, token: Any) -> int | None:
         text = token.get("content") if isinstance(token, dict) else token
         return None if text is None else self.inner.token_to_id(text)
 
+    def _space_to_lose(self) -> list[int]:
+        """A token for the decoder to take a space off, if it takes one off the begin of a text."""
+        space = self.inner.token_to_id("\u2581")
+        return [space] if space is not None and self.inner.decode([space]) == "" else []
+
     @classmethod
     def load(cls, folder: Path | str) -> Tokenizer:
-        """Read a folder, or a tokenizer.json by itself. ValueError where there is none."""
+        """Read a folder, or a tokenizer.json with what lies beside it. ValueError where there is none."""
         path = Path(folder)
         file = path if path.is_file() else path / "tokenizer.json"
         if not file.is_file():
@@ -42,17 +52,16 @@ class Tokenizer:
             inner = HFTokenizer.from_str(file.read_text(encoding="utf-8"))
         except Exception as error:  # tokenizers raises a bare Exception for every malformed file
             raise ValueError(f"{file} is not a tokenizer of the tokenizers library: {error}") from None
-        beside = file.with_name("tokenizer_config.json")
-        try:
-            config = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
-        except ValueError as error:
-            raise ValueError(f"{beside} is not JSON: {error}") from None
-        if not isinstance(config, dict):
-            raise ValueError(f"{beside} holds no JSON object")
+        config = _read_object(file.with_name("tokenizer_config.json"))
         template = file.with_name("chat_template.jinja")
         if template.is_file():
             config.setdefault("chat_template", template.read_text(encoding="utf-8"))
-        return cls(inner, config)
+        beside = file.with_name("generation_config.json")
+        stops = _read_object(beside).get("eos_token_id")
+        stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
+        if not all(type(i) is int and i >= 0 for i in stops):
+            raise ValueError(f"{beside}: eos_token_id is {stops}, expected numbers of tokens")
+        return cls(inner, config, stops)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, advance: Callable[[int], None] = lambda n: None) -> Tokenizer:
@@ -104,8 +113,11 @@ class Tokenizer:
         return self.inner.decode(list(ids), skip_special_tokens=True)
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Text as it becomes complete: a token may end inside a UTF-8 character."""
-        held: list[int] = []
+        """Text as it becomes complete: a token may end inside a UTF-8 character.
+
+        It goes on from a text, so a space at its begin is kept, which SentencePiece's decoders take off.
+        """
+        held: list[int] = [*self._first]
         shown = ""
         for token in ids:
             held.append(token)
@@ -114,10 +126,21 @@ class Tokenizer:
                 yield text[len(shown) :]
                 shown = text
                 if text.endswith("\n"):  # a safe place to forget the past, so that decoding stays linear
-                    held, shown = [], ""
+                    held, shown = [*self._first], ""
         rest = self.decode(held)[len(shown) :]
         if rest:
             yield rest
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, an empty one where there is no file."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return tree
 
 
 def _told(pieces: Iterable[str], advance: Callable[[int], None]) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +78,7 @@ def load(
 def decoder_weights(folder: ModelFolder) -> DecoderWeights:
     """The arrays of a folder as the native engine takes them, as views into the file wherever that is possible."""
     c = folder.config
+    inverse_frequencies, attention_factor = c.rope_frequencies()
     shape = DecoderShape(
         vocab_size=c.vocab_size,
         hidden_size=c.hidden_size,
@@ -86,16 +87,16 @@ def decoder_weights(folder: ModelFolder) -> DecoderWeights:
         num_heads=c.num_attention_heads,
         num_kv_heads=c.num_key_value_heads,
         head_dim=c.head_dim,
-        rope_theta=c.rope_theta,
+        inverse_frequencies=inverse_frequencies,
+        attention_factor=attention_factor,
         rms_norm_eps=c.rms_norm_eps,
         activation=c.hidden_act,
         sub_norms=c.sub_norms,
         context_length=c.max_position_embeddings,
+        qk_norms=c.qk_norms,
+        linear_norm_eps=c.linear_norm_eps,
     )
-    if c.weights and not folder.is_packed:
-        linears = _latent_linears(folder)
-    else:
-        linears = {name: _matrix(folder, name, linear_shape(c, name)) for name in linear_names(c)}
+    linears = _linears(folder)
     layers = []
     for i in range(c.num_hidden_layers):
         at = f"model.layers.{i}."
@@ -106,6 +107,8 @@ def decoder_weights(folder: ModelFolder) -> DecoderWeights:
                 post_attention_norm=_norm(folder, at + "post_attention_layernorm"),
                 attn_sub_norm=_norm(folder, at + "self_attn.attn_sub_norm") if c.sub_norms else None,
                 ffn_sub_norm=_norm(folder, at + "mlp.ffn_sub_norm") if c.sub_norms else None,
+                q_norm=_norm(folder, at + "self_attn.q_norm") if c.qk_norms else None,
+                k_norm=_norm(folder, at + "self_attn.k_norm") if c.qk_norms else None,
             )
         )
     table = (c.vocab_size, c.hidden_size)
@@ -134,6 +137,18 @@ def _float_linear(tensor: StoredTensor, shape: tuple[int, int], name: str) -> Li
         raise ValueError(f"{name}.weight is {tensor.dtype} {tensor.array.shape}, expected floats of shape {shape}")
     raw = tensor.array.view(np.uint16) if tensor.dtype == "F16" else tensor.array
     return LinearWeights(FLOAT_LAYOUTS[tensor.dtype], raw, *shape)
+
+
+def _linears(folder: ModelFolder) -> dict[str, LinearWeights]:
+    config = folder.config
+    latent = _latent_linears(folder) if config.weights and not folder.is_packed else {}
+    found = {}
+    for name in linear_names(config):
+        linear = latent[name] if name in latent else _matrix(folder, name, linear_shape(config, name))
+        bias = folder.tensors[f"{name}.bias"].float32() if config.has_bias(name) else None
+        norm = _norm(folder, f"{name}.rms_norm") if config.linear_norm_eps and config.is_low_bit(name) else None
+        found[name] = replace(linear, bias=bias, norm=norm)
+    return found
 
 
 def _latent_linears(folder: ModelFolder) -> dict[str, LinearWeights]:

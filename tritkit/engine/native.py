@@ -17,7 +17,7 @@ LARGE_HEAD = 2**24  # bytes
 # screen: 4 bits say which logits could be high, and these are computed from the weights as they are.
 HEADS = {"float": 0, "int8": 8, "int6": 6, "int4": 4, "screen": 4}
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
-NORMS = ("input_norm", "post_attention_norm", "attn_sub_norm", "ffn_sub_norm")
+NORMS = ("input_norm", "post_attention_norm", "attn_sub_norm", "ffn_sub_norm", "q_norm", "k_norm")
 
 
 def usable_cores() -> int:
@@ -163,8 +163,9 @@ class NativeEngine:
 
 def _layer(runner: _native.Runner, name: str, layer: LayerWeights) -> dict:
     built = {linear: _linear(runner, f"{name}.{linear}", getattr(layer, linear)) for linear in LINEARS}
-    for norm in NORMS:
-        value = getattr(layer, norm)
+    norms = {norm: getattr(layer, norm) for norm in NORMS}
+    norms |= {f"{linear}_own_norm": getattr(layer, linear).norm for linear in LINEARS}
+    for norm, value in norms.items():
         built[norm] = None if value is None else np.ascontiguousarray(value)
     return built
 

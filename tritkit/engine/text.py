@@ -37,7 +37,7 @@ def stream_ids(
     sampling: Sampling,
     timing: Timing | None = None,
 ) -> Iterator[int]:
-    """Token ids that follow the prompt, up to the model's end-of-text token.
+    """Token ids that follow the prompt, up to one that ends the model's text or its turn.
 
     Rows of the logits beyond the tokenizer's vocabulary, which pad the embedding, are never drawn.
     Where the context is full the text goes on from its last half: the model re-reads that half and forgets the rest.
@@ -59,7 +59,7 @@ def stream_ids(
         timing.prefill_seconds = time.perf_counter() - started
         for made in range(max_tokens):
             token = sampler.sample(logits[: len(model.tokenizer)], text)
-            if token == model.tokenizer.eos_id:
+            if token in model.tokenizer.stop_ids:
                 timing.finish = "stop"
                 return
             text.append(token)

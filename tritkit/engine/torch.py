@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import nn
 
-from ..checkpoint import ModelFolder, linear_names
+from ..checkpoint import ModelFolder
 from ..formats import format_of
 from ..layers import Linear, PackedLinear
-from ..models.transformer import KVCache, Transformer, build
+from ..models.transformer import KVCache, Transformer, build, linears_of
 from . import Job, checked
 
 
@@ -26,7 +26,7 @@ class TorchEngine:
 
     def __init__(self, model: Transformer):
         self.model = model.eval()
-        self.device = model.cos.device
+        self.device = model.frequencies.device
         self.vocab_size = model.config.vocab_size
         self.context_length = model.config.max_position_embeddings
         self._caches: dict[int, list[KVCache]] = {}
@@ -101,18 +101,17 @@ def model_of(folder: ModelFolder) -> Transformer:
     Weights in the layouts of ggml are expanded to float32 here: torch runs them with float activations.
     """
     config = folder.config
-    make = None
-    if folder.is_packed:
-        names = iter(linear_names(config))  # build() asks for linears in this order
+    latent = linears_of(config)
 
-        def make(in_features: int, out_features: int) -> nn.Module:
-            name = next(names)
-            if config.weights is None or name not in folder.layouts:
-                return Linear(in_features, out_features)
-            matrix = folder.codes(name)
-            scale = torch.tensor(float(matrix.scale.max()))  # blocks without weights may have a scale of zero
-            codes = torch.from_numpy(matrix.codes.astype(np.int8))
-            return PackedLinear(codes, scale, format_of(str(config.activations)))
+    def make(name: str, inputs: int, outputs: int, bias: bool) -> nn.Module:
+        if name not in folder.layouts:
+            return latent(name, inputs, outputs, bias)
+        if config.weights is None:
+            return Linear(inputs, outputs, bias)
+        matrix = folder.codes(name)
+        scale = torch.tensor(float(matrix.scale.max()))  # blocks without weights may have a scale of zero
+        codes, empty = torch.from_numpy(matrix.codes.astype(np.int8)), torch.empty(outputs) if bias else None
+        return PackedLinear(codes, scale, format_of(str(config.activations)), empty, config.linear_norm_eps)
 
     model = build(config, make)
     with torch.no_grad():

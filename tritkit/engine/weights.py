@@ -44,11 +44,14 @@ class DecoderShape:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    rope_theta: float
+    inverse_frequencies: NDArray[np.float32]  # [head_dim / 2]: turn of a pair of dimensions by one position
     rms_norm_eps: float
     activation: str  # silu, relu2
     sub_norms: bool  # norms before o and down
     context_length: int
+    attention_factor: float = 1.0  # multiplies cos and sin
+    qk_norms: bool = False  # norms of each query and key head, before they are rotated
+    linear_norm_eps: float = 0.0  # of the norms that linears may have of their own
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ class LinearWeights:
     activations: a8, a8_q128 for packed layouts, a8_g32 for grouped and for blocks, None for floats. Blocks of ternary
     codes may have a8 or a8_q128 too: then they run as one ternary matrix, all of them have to have the same scale, and
     `scale` is that scale.
+    norm: weights of a norm that this linear's input passes through first.
     """
 
     layout: str
@@ -108,6 +112,7 @@ class LinearWeights:
     activations: str | None = None
     bias: NDArray[np.float32] | None = None
     groups: Groups | None = None
+    norm: NDArray[np.float32] | None = None
 
     def data_shape(self) -> tuple[int, int]:
         if self.layout in ("hf_autobitlinear", "hf_bitlinear"):
@@ -133,6 +138,8 @@ class LayerWeights:
     post_attention_norm: NDArray[np.float32]
     attn_sub_norm: NDArray[np.float32] | None = None
     ffn_sub_norm: NDArray[np.float32] | None = None
+    q_norm: NDArray[np.float32] | None = None
+    k_norm: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -171,7 +178,10 @@ def check(weights: DecoderWeights) -> None:
         "post_attention_norm": s.hidden_size,
         "attn_sub_norm": q if s.sub_norms else None,
         "ffn_sub_norm": s.intermediate_size if s.sub_norms else None,
+        "q_norm": s.head_dim if s.qk_norms else None,
+        "k_norm": s.head_dim if s.qk_norms else None,
     }
+    _check_norm("inverse_frequencies", s.inverse_frequencies, s.head_dim // 2)
     _check_linear("embedding", weights.embedding, (s.vocab_size, s.hidden_size))
     if weights.embedding.layout not in (*FLOATS, *BLOCKS):
         raise ValueError(f"embedding has layout {weights.embedding.layout}, expected floats or blocks of ggml")
@@ -206,6 +216,8 @@ def _check_linear(name: str, linear: LinearWeights, shape: tuple[int, int]) -> N
         raise ValueError(
             f"{name}.bias is {linear.bias.dtype} {list(linear.bias.shape)}, expected float32 [{linear.rows}]"
         )
+    if linear.norm is not None:
+        _check_norm(f"{name}.norm", linear.norm, linear.cols)
     if (linear.groups is not None) != (linear.layout == "grouped"):
         raise ValueError(f"{name} has layout {linear.layout} with{'out' if linear.groups is None else ''} groups")
     allowed = _activations(linear.layout)

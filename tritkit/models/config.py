@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+import re
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache
 from typing import Any
 
-# What of config.json decides the family: the activation, where norms sit, and the class that transformers loads.
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"hidden_act": "silu", "sub_norms": False, "architectures": ["LlamaForCausalLM"]},
-    "bitnet": {"hidden_act": "relu2", "sub_norms": True, "architectures": ["BitNetForCausalLM"]},
-}
+import numpy as np
+from numpy.typing import NDArray
+
+from .families import COMMON_DEFAULTS, FAMILIES, NEUTRAL, Family
+from .rope import Rope, frequencies, rope_from_hf
+
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-# What transformers takes where config.json is silent.
-HF_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {"rms_norm_eps": 1e-6, "rope_theta": 10000.0},
-    "bitnet": {"rms_norm_eps": 1e-5, "rope_theta": 500000.0},
-}
+LARGEST, MOST_LAYERS = 2**31 - 1, 10_000  # what a file may claim before anybody believes it
+OWN_ARCHITECTURE = "TritkitForCausalLM"  # in folders that transformers must refuse
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,13 @@ class ModelConfig:
     tie_word_embeddings: bool = True
     weights: str | None = None
     activations: str | None = None
+    head_dim: int = 0  # 0: hidden_size / num_attention_heads
+    rope: Rope = field(default_factory=Rope)
+    attention_bias: bool = False  # biases of q, k, v and o; qwen2 has those of q, k and v anyway
+    mlp_bias: bool = False
+    full_precision: tuple[str, ...] = ()  # patterns of the linears that stay floats: modules_to_not_convert
+    gate: str = ""  # activation of the gate, "silu" or "relu2"; "": the family's
+    linear_norm_eps: float = 0.0  # above 0: each low-bit linear normalises its input first (use_rms_norm)
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
@@ -43,44 +50,85 @@ class ModelConfig:
         for name in (*SIZES, "num_key_value_heads", "max_position_embeddings"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} must be at least 1, not {getattr(self, name)}")
+            if getattr(self, name) > (MOST_LAYERS if name == "num_hidden_layers" else LARGEST):
+                raise ValueError(f"model.{name} is {getattr(self, name)}, more than any model has")
         if self.activations is not None and self.weights is None:
             raise ValueError(f"model.activations is {self.activations!r}, but model.weights names no format")
-        if self.hidden_size % self.num_attention_heads:
+        # transformers' llama asks for it even where there is a head_dim
+        if self.hidden_size % self.num_attention_heads and (self.head_dim == 0 or self.family == "llama"):
             raise ValueError(
                 f"model.hidden_size {self.hidden_size} is no multiple of model.num_attention_heads "
                 f"{self.num_attention_heads}"
             )
+        if self.head_dim == 0:
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"model.num_attention_heads {self.num_attention_heads} is no multiple of model.num_key_value_heads "
                 f"{self.num_key_value_heads}"
             )
-        if self.head_dim % 2:
-            raise ValueError(f"rotary embedding needs an even head size, but hidden_size / heads is {self.head_dim}")
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(f"rotary embedding needs an even head size, but model.head_dim {self.head_dim} is none")
+        if self.sub_norms and self.head_dim * self.num_attention_heads != self.hidden_size:
+            raise ValueError(
+                f"model.head_dim is {self.head_dim}, but the {self.family} family has a norm as wide as the hidden size: "
+                f"expected {self.hidden_size} / {self.num_attention_heads} heads"
+            )
+        if not 1 < self.rope_theta < float("inf"):
+            raise ValueError(f"model.rope_theta must be above 1, not {self.rope_theta}")
+        if not 0 <= self.rms_norm_eps < 1:
+            raise ValueError(f"model.rms_norm_eps must be a small number, not {self.rms_norm_eps}")
+        for name in ("attention_bias", "mlp_bias"):
+            if getattr(self, name) and name not in FAMILIES[self.family].biases:
+                raise ValueError(f"model.{name} is true, but the {self.family} family has no such biases")
+        _require_sane(self.full_precision)
+        acts = (FAMILIES[self.family].hidden_act, *FAMILIES[self.family].other_acts)
+        if self.hidden_act not in acts:
+            raise ValueError(f"model.gate is {self.gate!r}; the {self.family} family has {' or '.join(acts)}")
 
     @property
     def hidden_act(self) -> str:
-        return FAMILIES[self.family]["hidden_act"]
+        return self.gate or FAMILIES[self.family].hidden_act
 
     @property
     def sub_norms(self) -> bool:
-        return FAMILIES[self.family]["sub_norms"]
+        return FAMILIES[self.family].sub_norms
+
+    @property
+    def qk_norms(self) -> bool:
+        return FAMILIES[self.family].qk_norms
+
+    def has_bias(self, name: str) -> bool:
+        """Whether the linear of that name, for instance model.layers.0.self_attn.q_proj, has a bias."""
+        last = name.rsplit(".", 1)[-1]
+        if last in ("gate_proj", "up_proj", "down_proj"):
+            return self.mlp_bias
+        return self.attention_bias or (FAMILIES[self.family].qkv_bias and last != "o_proj")
+
+    def is_low_bit(self, name: str) -> bool:
+        """Whether the linear of that name carries the format ``weights``."""
+        return self.weights is not None and not is_excluded(name, self.full_precision)
+
+    def rope_frequencies(self) -> tuple[NDArray[np.float32], float]:
+        """See ``rope.frequencies``."""
+        return frequencies(self.rope, self.rope_theta, self.head_dim, self.max_position_embeddings)
 
     def to_hf(self) -> dict[str, Any]:
         """The entries of config.json, without quantization_config (the container knows how it is stored)."""
-        own = {"family", "weights", "activations", "rope_theta"}
+        family = FAMILIES[self.family]
+        own = {"family", "weights", "activations", "rope", "full_precision", "linear_norm_eps", "gate"}
+        own |= {"attention_bias", "mlp_bias"} - set(family.biases)
         values = {k: v for k, v in asdict(self).items() if k not in own}
+        rope = self.rope.to_hf(self.rope_theta)
+        if self.rope.type != "default":
+            values["rope_scaling"] = rope  # as transformers before version 5 spells it
+        if family.window is not None:
+            values |= {"sliding_window": None} | ({family.window: False} if family.window else {})
         return {
             "model_type": self.family,
-            "architectures": FAMILIES[self.family]["architectures"],
+            "architectures": [family.architecture],
             "hidden_act": self.hidden_act,
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
-            "rope_theta": self.rope_theta,
-            "attention_bias": False,
+            "rope_parameters": rope,
             **values,
         }
 
@@ -88,39 +136,127 @@ class ModelConfig:
         return replace(self, vocab_size=vocab_size)
 
 
+def is_excluded(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a pattern names this module, as transformers matches modules_to_not_convert: the beginning up to a dot
+    or the end, plain or as a regular expression, or any end of the name."""
+    return name.endswith(patterns) or any(pattern.match(name) for pattern in _compiled(patterns))
+
+
+@lru_cache(maxsize=8)
+def _compiled(patterns: tuple[str, ...]) -> list[re.Pattern[str]]:
+    return [re.compile(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))") for pattern in patterns]
+
+
+def _require_sane(patterns: tuple[str, ...]) -> None:
+    """ValueError for a pattern that is no regular expression, or one that could take forever."""
+    if len(patterns) > 1000:
+        raise ValueError(f"modules_to_not_convert has {len(patterns)} patterns, expected at most 1000")
+    for pattern in patterns:
+        shown = repr(pattern[:80])
+        if len(pattern) > 200 or re.search(r"\)[*+?{]|\\\d|\(\?", pattern) or len(re.findall(r"[*+{]", pattern)) > 3:
+            raise ValueError(f"modules_to_not_convert has {shown}, a pattern too intricate for tritkit")
+        try:
+            re.compile(pattern)
+        except re.error:
+            raise ValueError(f"modules_to_not_convert has {shown}, which is no regular expression") from None
+
+
 def config_from_hf(hf: dict[str, Any], weights: str | None, activations: str | None) -> ModelConfig:
     """Read config.json; ValueError names what this version cannot run."""
-    family = hf.get("model_type")
-    if family not in FAMILIES:
-        raise ValueError(f"config.json has model_type {family!r}; tritkit runs {', '.join(FAMILIES)}")
-    act = hf.get("hidden_act", FAMILIES[family]["hidden_act"])
-    if act != FAMILIES[family]["hidden_act"]:
-        raise ValueError(
-            f"config.json has hidden_act {act!r}; the {family} family has {FAMILIES[family]['hidden_act']!r}"
-        )
-    for flag in ("attention_bias", "mlp_bias"):
-        if hf.get(flag):
-            raise ValueError(f"config.json has {flag} = true, which tritkit does not run yet")
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise ValueError(f"config.json has rope_parameters {rope!r}, which is no table")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"config.json has rope scaling {kind!r}, which tritkit does not run yet")
+    kind = hf.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise ValueError(f"config.json has model_type {kind!r}; tritkit runs {', '.join(FAMILIES)}")
+    family = FAMILIES[kind]
+    defaults = {**COMMON_DEFAULTS, **family.defaults}
+    given = {**defaults, **{name: value for name, value in hf.items() if value is not None}}
+    _require_known_maths(hf, kind, family)
     for name in SIZES:
         if hf.get(name) is None:
             raise ValueError(f"config.json has no {name}")
+    if hf.get("num_key_value_heads", ...) is None or "num_key_value_heads" not in given:
+        given["num_key_value_heads"] = given["num_attention_heads"]
     default = ModelConfig()
-    known = {f.name for f in fields(ModelConfig)} - {"family", "weights", "activations"}
-    values = {"tie_word_embeddings": False, "max_position_embeddings": 2048, **HF_DEFAULTS[family]}
-    values["num_key_value_heads"] = hf["num_attention_heads"]
-    values |= {k: v for k, v in {**hf, **rope}.items() if k in known and v is not None}
-    for name, value in values.items():
-        kind = type(getattr(default, name))
-        if not (type(value) is kind or (kind is float and type(value) is int)):
-            raise ValueError(f"config.json has {name} {value!r}, which is no {kind.__name__}")
-        values[name] = kind(value)
-    config = ModelConfig(family=family, weights=weights, activations=activations, **values)
-    if hf.get("head_dim") not in (None, config.head_dim):
-        raise ValueError(f"config.json has head_dim {hf['head_dim']}, but tritkit needs hidden_size / heads")
-    return config
+    names = {f.name for f in fields(ModelConfig)}
+    names -= {"family", "weights", "activations", "rope", "full_precision", "linear_norm_eps"}
+    names -= {"attention_bias", "mlp_bias"} - set(family.biases)
+    values = {name: _typed(name, given[name], type(getattr(default, name))) for name in names if name in given}
+    _require_no_window(hf, kind, family, given, values["num_hidden_layers"], values["max_position_embeddings"])
+    rope, theta = rope_from_hf(hf, values["max_position_embeddings"])
+    values["rope_theta"] = values["rope_theta"] if theta is None else theta
+    values |= _quantized_modules(hf, weights)
+    act = hf.get("hidden_act") or family.hidden_act
+    values["gate"] = "" if act == family.hidden_act else act
+    return ModelConfig(family=kind, weights=weights, activations=activations, rope=rope, **values)
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    if not (type(value) is kind or (kind is float and type(value) is int and abs(value) < LARGEST)):
+        raise ValueError(f"config.json has {name} {str(value)[:80]!r}, which is no {kind.__name__}")
+    return kind(value)
+
+
+def _require_known_maths(hf: dict[str, Any], kind: str, family: Family) -> None:
+    act = hf.get("hidden_act") or family.hidden_act
+    if act not in (family.hidden_act, *family.other_acts):
+        raise ValueError(f"config.json has hidden_act {act!r}; the {kind} family has {family.hidden_act!r}")
+    architectures = hf.get("architectures") or [family.architecture]
+    known = (family.architecture.lower(), OWN_ARCHITECTURE.lower())
+    if not isinstance(architectures, list) or str(architectures[0]).lower() not in known:
+        raise ValueError(f"config.json has architectures {architectures!r}; the {kind} family is {family.architecture}")
+    for flag in ("attention_bias", "mlp_bias"):
+        # Qwen2 has the biases that its relatives call attention_bias whatever the entry says
+        if hf.get(flag) and flag not in family.biases and not (family.qkv_bias and flag == "attention_bias"):
+            raise ValueError(f"config.json has {flag} = true, but the {kind} family has no such biases")
+    for name, neutral in NEUTRAL.items():
+        if hf.get(name) not in neutral:
+            raise ValueError(f"config.json has {name} {hf[name]!r}, which the {kind} family does not compute")
+
+
+def _require_no_window(
+    hf: dict[str, Any], kind: str, family: Family, given: dict[str, Any], layers: int, context: int
+) -> None:
+    """ValueError where attention would see fewer positions than the context has."""
+    if family.window is None:
+        return
+    types = hf.get("layer_types")
+    if types is not None and (not isinstance(types, list) or any(t != "full_attention" for t in types)):
+        odd = next((t for t in types if t != "full_attention"), types) if isinstance(types, list) else types
+        raise ValueError(f"config.json has layer_types with {odd!r}; tritkit runs full_attention")
+    if family.window:
+        slides = bool(hf.get(family.window)) and types is None and given["max_window_layers"] < layers
+    else:
+        slides = True
+    window = hf.get("sliding_window", family.defaults["sliding_window"])
+    if not slides or window is None:
+        return
+    if _typed("sliding_window", window, int) < context:
+        raise ValueError(
+            f"config.json has sliding_window {window}, shorter than the context of {context}, which tritkit does not "
+            f"run; with max_position_embeddings {window} in config.json it runs within the window, where the two are "
+            "the same"
+        )
+
+
+def _quantized_modules(hf: dict[str, Any], weights: str | None) -> dict[str, Any]:
+    """Which linears quantization_config leaves in full precision, and whether the others begin with a norm."""
+    table = hf.get("quantization_config")
+    if weights is None or not isinstance(table, dict):
+        return {}
+    values: dict[str, Any] = {}
+    patterns = table.get("modules_to_not_convert")
+    if patterns is not None:
+        if not isinstance(patterns, list) or not all(isinstance(p, str) for p in patterns):
+            raise ValueError(f"config.json has modules_to_not_convert {patterns!r}, expected a list of names")
+        values["full_precision"] = tuple(patterns)
+        _require_sane(values["full_precision"])
+        if not is_excluded("lm_head", values["full_precision"]):
+            raise ValueError(
+                f"config.json has modules_to_not_convert {patterns!r} without lm_head, which makes the output head a "
+                "low-bit linear; tritkit runs heads of floats"
+            )
+    if table.get("use_rms_norm"):
+        eps = table.get("rms_norm_eps", 1e-6)
+        if type(eps) is not float or not 0 < eps < 1:
+            raise ValueError(f"quantization_config of config.json has rms_norm_eps {eps!r}, expected a small number")
+        values["linear_norm_eps"] = eps
+    return values

@@ -1,8 +1,9 @@
-"""The decoder, top to bottom: the llama and the bitnet family in one transformer.
+"""The decoder, top to bottom: all the families (families.py) in one transformer.
 
-They differ in three places, marked below: bitnet gates its MLP with relu(x)^2 instead of silu, and normalises once
-more before o_proj and before down_proj (sub-norms, FACTS 5.1). b1, b1.58 and a4.8 are the bitnet family with other
-formats on its linears. Modules bear Hugging Face's names, so a state dict needs no translation.
+They differ from llama, which mistral is too, in few places, marked below: bitnet gates its MLP with relu(x)^2 instead
+of silu, and normalises once more before o_proj and before down_proj (sub-norms, FACTS 5.1); qwen2 has biases on q, k
+and v; qwen3 normalises each head of q and k. b1, b1.58 and a4.8 are the bitnet family with other formats on its
+linears. Modules bear Hugging Face's names, so a state dict needs no translation.
 
 Shapes: b batch, t new tokens, s tokens seen so far (cache included), h heads, d head size.
 """
@@ -12,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from .config import ModelConfig
 
 SHORT_CONTEXT = 1024  # up to here a full matrix of attention scores is affordable
 
-MakeLinear = Callable[[int, int], Any]  # (in, out) to a module that has prepare()
+MakeLinear = Callable[[str, int, int, bool], Any]  # (name, in, out, bias) to a module that has prepare()
 
 
 class KVCache:
@@ -48,17 +48,9 @@ class KVCache:
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
-def rope_tables(config: ModelConfig, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """cos and sin, float32 [positions, d]: rotary embedding of Su et al. 2021 in the half-split (NeoX) order."""
-    exponent = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
-    inverse_frequency = torch.from_numpy((config.rope_theta**-exponent).astype(np.float32))
-    angle = torch.arange(config.max_position_embeddings, dtype=torch.float32)[:, None] * inverse_frequency
-    angle = torch.cat([angle, angle], dim=-1)
-    return angle.cos().to(device), angle.sin().to(device)
-
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [b, h, t, d] turned by its position; cos, sin [t, d]."""
+    """x [b, h, t, d] turned by its position, cos and sin [t, d]: rotary embedding of Su et al. 2021 in the half-split
+    (NeoX) order."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
@@ -79,19 +71,28 @@ def attend(q: Tensor, k: Tensor, v: Tensor, past: int) -> Tensor:
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, linear: MakeLinear):
+    def __init__(self, config: ModelConfig, at: str, linear: MakeLinear):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = (
             config.num_attention_heads,
             config.num_key_value_heads,
             config.head_dim,
         )
-        self.q_proj = linear(config.hidden_size, self.heads * self.head_dim)
-        self.k_proj = linear(config.hidden_size, self.kv_heads * self.head_dim)
-        self.v_proj = linear(config.hidden_size, self.kv_heads * self.head_dim)
-        self.o_proj = linear(self.heads * self.head_dim, config.hidden_size)
+        hidden, q, kv = config.hidden_size, self.heads * self.head_dim, self.kv_heads * self.head_dim
+
+        def projection(name: str, inputs: int, outputs: int):
+            # qwen2: q, k and v have biases; others may have them on all four
+            return linear(f"{at}.{name}", inputs, outputs, config.has_bias(name))
+
+        self.q_proj = projection("q_proj", hidden, q)
+        self.k_proj = projection("k_proj", hidden, kv)
+        self.v_proj = projection("v_proj", hidden, kv)
+        self.o_proj = projection("o_proj", q, hidden)
+        # qwen3: each head of the queries and keys is normalised before it is rotated
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norms else None
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norms else None
         # bitnet: attention's output is normalised before o_proj
-        self.attn_sub_norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if config.sub_norms else None
+        self.attn_sub_norm = RMSNorm(q, config.rms_norm_eps) if config.sub_norms else None
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
         b, t, _ = x.shape
@@ -99,6 +100,8 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(b, t, self.heads, self.head_dim).transpose(1, 2)
         k = self.k_proj(x).view(b, t, self.kv_heads, self.head_dim).transpose(1, 2)
         v = self.v_proj(x).view(b, t, self.kv_heads, self.head_dim).transpose(1, 2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
         past = 0
         if cache is not None:
@@ -111,11 +114,12 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: ModelConfig, linear: MakeLinear):
+    def __init__(self, config: ModelConfig, at: str, linear: MakeLinear):
         super().__init__()
-        self.gate_proj = linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = linear(config.intermediate_size, config.hidden_size)
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = linear(f"{at}.gate_proj", hidden, inner, config.mlp_bias)
+        self.up_proj = linear(f"{at}.up_proj", hidden, inner, config.mlp_bias)
+        self.down_proj = linear(f"{at}.down_proj", inner, hidden, config.mlp_bias)
         # bitnet: relu(x)^2, and its product is normalised before down_proj
         self.activation = {"silu": F.silu, "relu2": lambda x: F.relu(x).square()}[config.hidden_act]
         self.ffn_sub_norm = RMSNorm(config.intermediate_size, config.rms_norm_eps) if config.sub_norms else None
@@ -127,10 +131,10 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, config: ModelConfig, linear: MakeLinear):
+    def __init__(self, config: ModelConfig, at: str, linear: MakeLinear):
         super().__init__()
-        self.self_attn = Attention(config, linear)
-        self.mlp = MLP(config, linear)
+        self.self_attn = Attention(config, f"{at}.self_attn", linear)
+        self.mlp = MLP(config, f"{at}.mlp", linear)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -145,7 +149,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, linear: MakeLinear):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, linear) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(config, f"model.layers.{i}", linear) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
@@ -157,8 +161,8 @@ class Transformer(nn.Module):
         self.config = config
         self.model = Decoder(config, linear)
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
-        cos, sin = rope_tables(config)
-        self.cos, self.sin = nn.Buffer(cos, persistent=False), nn.Buffer(sin, persistent=False)
+        frequencies, self.attention_factor = config.rope_frequencies()
+        self.frequencies = nn.Buffer(torch.from_numpy(frequencies), persistent=False)  # [d / 2]
 
     def hidden(self, tokens: Tensor, cache: list[KVCache] | None = None) -> Tensor:
         """What the output head reads: float32 [b, t, hidden]. ValueError where the sequence outgrows the model."""
@@ -169,7 +173,9 @@ class Transformer(nn.Module):
                 f"the sequence has {end} tokens, but the model's context is {self.config.max_position_embeddings}"
             )
         x = self.model.embed_tokens(tokens)
-        cos, sin = self.cos[start:end], self.sin[start:end]
+        angles = torch.arange(start, end, dtype=torch.float32, device=x.device)[:, None] * self.frequencies
+        angles = torch.cat([angles, angles], dim=-1)
+        cos, sin = angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
         for i, layer in enumerate(self.model.layers):
             x = layer(x, cos, sin, cache[i] if cache else None)
         return self.model.norm(x)
@@ -203,12 +209,24 @@ class Transformer(nn.Module):
         }
 
 
+def linears_of(config: ModelConfig) -> MakeLinear:
+    """The linears that train: in the config's formats, but for those that it leaves in full precision."""
+    low_bit = linear_for(config.weights, config.activations, config.linear_norm_eps)
+
+    def make(name: str, inputs: int, outputs: int, bias: bool) -> Linear:
+        return (low_bit if config.is_low_bit(name) else Linear)(inputs, outputs, bias)
+
+    return make
+
+
 def build(config: ModelConfig, linear: MakeLinear | None = None, seed: int | None = None) -> Transformer:
     """A model of that config with its linears' class chosen at birth; ``seed`` initialises it, N(0, range^2)."""
-    model = Transformer(config, linear or linear_for(config.weights, config.activations))
+    model = Transformer(config, linear or linears_of(config))
     if seed is not None:
         generator = torch.Generator().manual_seed(seed)
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=config.initializer_range, generator=generator)
+            elif name.endswith(".bias"):
+                nn.init.zeros_(parameter)
     return model

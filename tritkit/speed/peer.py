@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint import linear_names, linear_shape
+from ..checkpoint import linear_names, linear_shape, norm_sizes
 from ..models.config import ModelConfig
 from ..progress import progress
 from .measure import Contestant, Work
-from .shapes import draw, embedding_spread, linear_spread, norm_sizes, normal_values, temporary_folder, ternary_words
+from .shapes import draw, embedding_spread, linear_spread, normal_values, temporary_folder, ternary_words
 
 PEERS = ("llama.cpp",)
 ARCHITECTURES = {"bitnet": "bitnet", "llama": "llama"}

@@ -21,7 +21,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from ..checkpoint import float_to_bf16, linear_names, linear_shape
+from ..checkpoint import float_to_bf16, linear_names, linear_shape, norm_sizes
 from ..models.config import ModelConfig
 from ..progress import Advance, progress
 from ..tensorfile import DTYPES, tensor_header
@@ -115,15 +115,6 @@ def linear_spread(config: ModelConfig, name: str) -> float:
 def embedding_spread(config: ModelConfig) -> float:
     """That of the embedding, which is the output head too: logits of deviation LOGIT_SPREAD."""
     return LOGIT_SPREAD / math.sqrt(config.hidden_size)
-
-
-def norm_sizes(config: ModelConfig) -> dict[str, int]:
-    sizes = {"input_layernorm": config.hidden_size, "post_attention_layernorm": config.hidden_size}
-    if config.sub_norms:
-        heads = config.num_attention_heads * config.head_dim
-        sizes |= {"self_attn.attn_sub_norm": heads, "mlp.ffn_sub_norm": config.intermediate_size}
-    norms = {f"model.layers.{i}.{n}": size for i in range(config.num_hidden_layers) for n, size in sizes.items()}
-    return norms | {"model.norm": config.hidden_size}
 
 
 def normal_values() -> np.ndarray:
