@@ -147,8 +147,14 @@ class _Floats(_Plan):
 
     def __init__(self, source: ModelFolder, dtype: str):
         super().__init__(source, dtype)
-        self.config = replace(source.config, weights=None, activations=None)
-        self.latent = set() if source.config.weights is None or source.is_packed else set(linear_names(source.config))
+        c = source.config
+        if c.linear_norm_eps:
+            raise ValueError(
+                f"the low-bit linears of {source.path} begin with a norm, which transformers has in its packed forms "
+                "alone: --to hf-bitlinear or hf-autobitlinear"
+            )
+        self.config = replace(c, weights=None, activations=None, full_precision=())
+        self.latent = set() if source.is_packed else {name for name in linear_names(c) if c.is_low_bit(name)}
 
     def values(self, name: str) -> np.ndarray:
         values = self.source.floats(name)
@@ -186,7 +192,7 @@ class _Ternary(_Plan):
         super().__init__(source, "F32" if stored == {"F32"} else "BF16")
         self.config = replace(c, weights=HF_FORMATS[0], activations=HF_FORMATS[1])
         self.layout = layout
-        self.layouts = dict.fromkeys(linear_names(c), layout)
+        self.layouts = {name: layout for name in linear_names(c) if self.config.is_low_bit(name)}
         self.latent: dict[str, Packed] = {}
         if c.weights is not None and not source.is_packed:
             from .pack import pack_linears
@@ -279,7 +285,8 @@ def _verify(plan: _Plan, written: ModelFolder, advance: Callable[[], None]) -> N
         far = np.abs(found - wanted) > np.abs(wanted) * relative + absolute
         if found.shape != wanted.shape or far.any():
             raise OSError(f"{name} does not read back as it was written; the folder was removed")
-    if written.config != plan.config:
+    written_config, config = (replace(c, full_precision=()) for c in (written.config, plan.config))
+    if written_config != config or written.layouts != plan.layouts:  # whose layouts say what is full precision
         raise OSError("config.json does not read back as it was written; the folder was removed")
 
 
