@@ -122,7 +122,7 @@ REFUSED = [
     ("llama", dict(final_logit_softcapping=30.0), "final_logit_softcapping"),
     ("llama", dict(attention_dropout=0.1, pretraining_tp=2, use_cache=False, logit_scale=1.0), None),
     ("llama", dict(head_dim=17), "head_dim 17"),
-    ("bitnet", dict(head_dim=8), "the bitnet family has a norm as wide as the hidden size"),
+    ("bitnet", dict(head_dim=8), "the bitnet family has a norm as wide as the hidden"),
     ("llama", dict(num_hidden_layers=10**9), "num_hidden_layers is 1000000000"),
     ("llama", dict(rms_norm_eps=10**400), "rms_norm_eps"),
     ("llama", dict(hidden_size=2**40), "hidden_size"),

@@ -45,9 +45,12 @@ def verify(
             )
         advance()
     ours, theirs = model.config.to_hf(), written.config.to_hf()
-    for key in ("hidden_size", "num_hidden_layers", "rope_parameters", "rms_norm_eps", "hidden_act"):
+    for key in ("hidden_size", "num_hidden_layers", "head_dim", "rms_norm_eps", "hidden_act", "tie_word_embeddings"):
         if ours.get(key) != theirs.get(key):
             raise OSError(f"{key} does not read back as it was written: {theirs.get(key)} instead of {ours.get(key)}")
+    tables = model.config.rope_frequencies(), written.config.rope_frequencies()
+    if not all(np.allclose(a, b, rtol=1e-5) for a, b in zip(*tables, strict=True)):
+        raise OSError("the rotary frequencies do not read back as they were written")
 
 
 def rows_of(model: ModelFolder, name: str, rows: np.ndarray) -> np.ndarray:

@@ -60,20 +60,36 @@ IN_LAYER = {
 OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 ROPE_FACTORS = "rope_freqs.weight"  # what llama3's rotary scaling divides each frequency by
 FLOAT_TYPES = {"f32": ("F32", np.float32), "f16": ("F16", np.float16), "bf16": ("BF16", np.uint16)}
-# Keys of an architecture that change the result where they are not as here; 0 and absent are always good.
+# The keys of an architecture that are read, or that say nothing of what is computed. Any other one may change the
+# result, unless it is 0 or has the value that leaves things as they are.
+READ = {
+    "context_length",
+    "embedding_length",
+    "block_count",
+    "feed_forward_length",
+    "vocab_size",
+    "tensor_data_layout",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.value_length",
+    "attention.layer_norm_rms_epsilon",
+    "attention.sliding_window",
+    "rope.dimension_count",
+    "rope.freq_base",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scaling.attn_factor",
+    "rope.scaling.original_context_length",
+    "rope.scaling.finetuned",
+    "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow",
+}
 NEUTRAL = {
-    "expert_count": 0,
     "attention.causal": True,
-    "attention.max_alibi_bias": 0,
-    "attention.clamp_kqv": 0,
-    "attention.logit_softcapping": 0,
-    "attention.scale": 0,
-    "final_logit_softcapping": 0,
-    "logit_scale": 0,
-    "residual_scale": 0,
-    "embedding_scale": 0,
-    "use_parallel_residual": False,
     "rope.scale_linear": 1,
+    "rope.scaling.yarn_ext_factor": 1,
+    "rope.scaling.yarn_attn_factor": 1,
 }
 
 
@@ -274,10 +290,10 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
         raise ValueError(f"{file.path} has the architecture {name!r}; tritkit runs {', '.join(ARCHITECTURES)}")
     architecture = ARCHITECTURES[name]
     meta = _Keys(file, name)
-    for key, neutral in NEUTRAL.items():
-        found = meta.get(key)
-        if found not in (None, 0, neutral):
-            raise ValueError(f"{file.path} has {name}.{key} = {found}, which tritkit does not run")
+    for key in file.metadata:
+        inner = key.removeprefix(f"{name}.")
+        if inner != key and inner not in READ and meta.get(inner) not in (0, NEUTRAL.get(inner)):
+            raise ValueError(f"{file.path} has {key} = {meta.get(inner)}, which tritkit does not run")
     hidden, heads = meta.count("embedding_length"), meta.count("attention.head_count")
     head_dim = meta.count("attention.key_length", hidden // max(heads, 1))
     context = meta.count("context_length")
@@ -365,13 +381,9 @@ def _rope_scaling(meta: _Keys, file: GGUFFile, base: float, head_dim: int, conte
     for theirs, ours in (("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")):
         if meta.get(f"rope.scaling.{theirs}") is not None:
             found[ours] = meta.number(f"rope.scaling.{theirs}")
-    if meta.number("rope.scaling.yarn_ext_factor", 1.0) != 1:
-        raise ValueError(f"{file.path} has a yarn_ext_factor, which tritkit does not run")
     attention = meta.number("rope.scaling.attn_factor", 1.0)  # times what yarn prescribes
-    if attention != 1 or meta.number("rope.scaling.yarn_log_multiplier", 0.0) not in (0.0,):
-        found["attention_factor"] = attention * (0.1 * math.log(factor) + 1)
-        if meta.number("rope.scaling.yarn_log_multiplier", 0.0):
-            raise ValueError(f"{file.path} has a yarn_log_multiplier, which tritkit does not run")
+    if attention != 1:
+        found["attention_factor"] = round(attention * (0.1 * math.log(factor) + 1), 6)
     return found
 
 

@@ -71,8 +71,8 @@ class ModelConfig:
             raise ValueError(f"rotary embedding needs an even head size, but model.head_dim {self.head_dim} is none")
         if self.sub_norms and self.head_dim * self.num_attention_heads != self.hidden_size:
             raise ValueError(
-                f"model.head_dim is {self.head_dim}, but the {self.family} family has a norm as wide as the hidden size: "
-                f"expected {self.hidden_size} / {self.num_attention_heads} heads"
+                f"model.head_dim is {self.head_dim}, but the {self.family} family has a norm as wide as the hidden "
+                f"size: expected {self.hidden_size} / {self.num_attention_heads} heads"
             )
         if not 1 < self.rope_theta < float("inf"):
             raise ValueError(f"model.rope_theta must be above 1, not {self.rope_theta}")
