@@ -16,6 +16,7 @@ from tritkit.hf_export import export_hf
 from tritkit.layouts import LAYOUTS
 from tritkit.layouts.translate import translate
 from tritkit.pack import pack
+from tritkit.sources import open_model
 from tritkit.tensorfile import StoredTensor, TensorFile
 
 CHILD = Path(__file__).with_name("transformers_child.py")
@@ -254,3 +255,15 @@ def test_plain_transformers_gets_the_same_logits(make_folder, ternary, tokens, t
     for folder, logits, theirs in zip(folders, wanted, logits_of("plain", folders, tokens, tmp_path), strict=True):
         assert not isinstance(theirs, str), f"{folder.name}: {theirs}"
         assert_same(logits, theirs, folder.name)
+
+
+@pytest.mark.interop
+def test_a_real_model_with_its_tokenizer(shared_data, tmp_path):
+    """stories260K from llama2.c's own files: SentencePiece tokens and logits as transformers gets them."""
+    pytest.importorskip("transformers")
+    source = open_model(shared_data / "stories260K" / "stories260K.bin")
+    export_hf(source, tmp_path / "out", "float32")
+    tokens = torch.tensor([source.tokenizer().encode("Once upon a time, there was a little girl named Lily.")])
+    (theirs,) = logits_of("plain", [tmp_path / "out"], tokens, tmp_path)
+    assert not isinstance(theirs, str), theirs
+    assert np.abs(theirs - ours(tmp_path / "out", tokens)).max() < SAME_MODE
