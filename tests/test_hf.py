@@ -66,9 +66,10 @@ def test_import_tritkit_makes_transformers_run_our_folders(folders, tokens, tmp_
 
 
 @interop
-def test_without_it_they_are_refused(folders, tokens, tmp_path):
-    for what, error in zip(folders, logits_of("plain", list(folders.values()), tokens, tmp_path), strict=True):
-        assert isinstance(error, str) and "tritkit_" in error, what
+@pytest.mark.parametrize(("mode", "word"), [("plain", "tritkit_"), ("by-name", "import-tritkit")])
+def test_without_it_they_are_refused(folders, tokens, tmp_path, mode, word):
+    for what, error in zip(folders, logits_of(mode, list(folders.values()), tokens, tmp_path), strict=True):
+        assert isinstance(error, str) and word in error, what
 
 
 SAVED = """

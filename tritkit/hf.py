@@ -19,7 +19,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .checkpoint import EMBEDDING, EXTRAS, HEAD, OWN, ModelFolder, matrix_names, matrix_shape, open_folder
+from .checkpoint import EMBEDDING, EXTRAS, GUARD, HEAD, OWN, ModelFolder, matrix_names, matrix_shape, open_folder
 from .formats import Format, format_of
 from .layers import BitLinear, PackedLinear, RMSNorm
 from .layouts import GGML, LAYOUTS, Packed
@@ -154,6 +154,15 @@ class TritkitQuantizer(HfQuantizer):
         return getattr(self, "latent", False)
 
 
+class _Unguarded:
+    """What our configs have before those of transformers."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **settings: Any) -> Any:
+        unguarded = {key: value for key, value in config_dict.items() if key not in GUARD}
+        return super().from_dict(unguarded, **settings)  # type: ignore[misc]
+
+
 CONFIGS: dict[str, type] = {}  # by model_type, once they are registered
 
 
@@ -165,7 +174,7 @@ def register() -> dict[str, type]:
     register_quantizer(METHOD)(TritkitQuantizer)
     for family, row in FAMILIES.items():
         kind, base = OWN + family, CONFIG_MAPPING[family]
-        config = type(f"Tritkit{base.__name__}", (base,), {"model_type": kind})
+        config = type(f"Tritkit{base.__name__}", (_Unguarded, base), {"model_type": kind})
         model = type(OWN_ARCHITECTURE, (getattr(transformers, row.architecture),), {"config_class": config})
         CONFIG_MAPPING.register(kind, config, exist_ok=True)  # instead of hf_hook's stand-in
         transformers.AutoModelForCausalLM.register(config, model)
