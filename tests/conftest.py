@@ -65,7 +65,7 @@ def make_folder(tmp_path, tokenizer):
         sizes: dict = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2}
         sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
         sizes |= {"max_position_embeddings": 128, "initializer_range": 0.1}
-        config = ModelConfig(family=family, weights=weights, activations=activations, **(sizes | changes))
+        config = ModelConfig(**({"family": family, "weights": weights, "activations": activations} | sizes | changes))
         folder = tmp_path / f"{kind}-{seed}"
         model = build(config, seed=seed)
         _vary_norms(model, seed)

@@ -21,6 +21,9 @@ from .tensorfile import LazyTensor, StoredTensor, TensorFile, write_tensors
 from .tokenizer import Tokenizer
 
 OWN = "tritkit_"  # begins the model_type of what transformers cannot represent, so that it must refuse the folder
+# A file that is not there, named by config.json as the one with the weights: who asks for a class of transformers by
+# its name is not stopped by model_type and would get latent weights without their rounding. hf.py overlooks it.
+GUARD = {"transformers_weights": "import-tritkit-and-use-AutoModelForCausalLM.safetensors"}
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -337,8 +340,7 @@ def write_folder(
     if q is not None:
         tree["quantization_config"] = q
         if q["quant_method"] == "tritkit":
-            tree["model_type"] = OWN + config.family
-            tree["architectures"] = ["TritkitForCausalLM"]
+            tree |= {"model_type": OWN + config.family, "architectures": ["TritkitForCausalLM"], **GUARD}
     with atomic_open(path / "config.json") as file:
         json.dump(tree, file, indent=2)
 
