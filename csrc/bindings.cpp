@@ -138,7 +138,7 @@ void require_shape(const Matrix& linear, const char* name, int rows, int columns
                                   .c_str());
 }
 
-/// A copy of the rows with 4, 6 or 8 bits, or with `exact` one of 4 bits that screens.
+/// A copy of the rows with 4 or 6 bits in groups or 8 bits, or with `exact` one of 4 bits that screens.
 std::shared_ptr<Head> quantized_head(Runner& runner, std::shared_ptr<RowTable> rows, int bits,
                                      std::optional<std::shared_ptr<Linear>> exact) {
     auto floats = std::dynamic_pointer_cast<FloatLinear>(exact.value_or(nullptr));
@@ -147,6 +147,9 @@ std::shared_ptr<Head> quantized_head(Runner& runner, std::shared_ptr<RowTable> r
         require_shape(*floats, "the exact head", rows->rows(), rows->columns());
     }
     nb::gil_scoped_release release;
+    if (!exact && bits < 8)
+        return std::make_shared<Head>(std::make_shared<GroupedLinear>(RowGroups(*rows, bits), 1.0f, nullptr,
+                                                                      runner.pool, runner.arena, runner.kernels));
     RowIntegers codes = quantize_rows(*rows, bits, runner.pool, runner.arena);
     std::vector<float> errors = std::move(codes.errors);
     auto copy = std::make_shared<TileLinear>(std::move(codes), runner.kernels);

@@ -74,16 +74,76 @@ std::vector<Plane> planes_of(int bits, int rows, int columns, Arena& arena, std:
         data.push_back(bytes);
     };
     if (bits == 8) add(TileLayout::kT16_8, 0);
-    if (bits < 8) add(TileLayout::kT16_4, bits - 4);
-    if (bits == 6) add(TileLayout::kT16_2, 0);
+    if (bits == 4) add(TileLayout::kT16_4, 0);
     return planes;
+}
+
+/// What the largest number of a group may become, as a share of it: -half keeps it, half - 1 may have less error in
+/// all.
+constexpr float kGroupShares[] = {1.0f, 0.95f, 0.9f, 0.85f, 0.8f, 0.75f, 0.7f};
+
+/// float16 bits of the scale, and the codes + half.
+uint16_t quantize_group(const float* row, int columns, int bits, uint8_t* codes) {
+    const float half = static_cast<float>(1 << (bits - 1)), low = -half, high = half - 1.0f;
+    float largest = 0.0f;
+    for (int k = 0; k < columns; ++k) largest = std::fabs(row[k]) > std::fabs(largest) ? row[k] : largest;
+    uint16_t best = 0;
+    float least = INFINITY;
+    auto attempt = [&](float scale) {
+        const uint16_t found = f16_from_float(scale);
+        const float stored = float_from_f16(found);
+        if (stored == 0.0f) return;
+        const float error = squared_error(row, columns, stored, low, high);
+        if (error < least) best = found, least = error;
+    };
+    if (bits > 4) {
+        attempt(largest / low);
+    } else {
+        for (float share : kGroupShares) {
+            attempt(largest * share / low);
+            attempt(largest * share / high);
+        }
+    }
+    const float scale = float_from_f16(best), inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
+    for (int k = 0; k < columns; ++k)
+        codes[k] = static_cast<uint8_t>(code_of(row[k], inverse, low, high) + (1 << (bits - 1)));
+    return best;
+}
+
+GroupLayout layout_of_rows(int columns, int bits) {
+    if (bits != 4 && bits != 6)
+        throw std::invalid_argument("groups of rows can have 4 or 6 bits, not " + std::to_string(bits));
+    return {bits == 4 ? GroupCodes::k4 : GroupCodes::k6, GroupScales::kHalf, GroupOffsets::kNone,
+            static_cast<int>(round_up(columns, kStripColumns)), kStripColumns};
 }
 
 }  // namespace
 
+RowGroups::RowGroups(const RowTable& rows, int bits)
+    : GroupSource(rows.rows(), rows.columns(), layout_of_rows(rows.columns(), bits), bits - 1),
+      table_(rows),
+      bits_(bits) {}
+
+bool RowGroups::read_span(int tile, int begin, int end, uint8_t* header, SpanCodes& codes) const {
+    const int first = tile * kTileRows, columns = std::min(end, columns_) - begin;
+    bool good = true;
+    for (int r = 0; r < kTileRows && first + r < rows_; ++r) {
+        float row[kSpanColumns];
+        table_.copy_columns(first + r, begin, columns, row);
+        good = good && std::isfinite(absolute_maximum(row, columns));
+        for (int k = 0; k < columns; k += kStripColumns) {
+            uint8_t group[kStripColumns] = {};
+            const uint16_t scale = quantize_group(row + k, std::min(columns - k, kStripColumns), bits_, group);
+            std::memcpy(header + k / kStripColumns * layout_.scale_bytes() + 2 * r, &scale, sizeof scale);
+            for (int i = 0; i < kStripColumns; i += 4) std::memcpy(codes.quads[(k + i) / 4] + 4 * r, group + i, 4);
+        }
+    }
+    if (end == layout_.columns) table_.looked_up(kTileRows, false);
+    return good;
+}
+
 RowIntegers quantize_rows(const RowTable& source, int bits, Pool& pool, Arena& arena) {
-    if (bits != 4 && bits != 6 && bits != 8)
-        throw std::invalid_argument("rows can have 4, 6 or 8 bits, not " + std::to_string(bits));
+    if (bits != 4 && bits != 8) throw std::invalid_argument("rows can have 4 or 8 bits, not " + std::to_string(bits));
     const int rows = source.rows(), columns = source.columns(), half = 1 << (bits - 1);
     std::vector<uint8_t*> data;
     RowIntegers out{rows, columns, half, planes_of(bits, rows, columns, arena, data), {}, {}};

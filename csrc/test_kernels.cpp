@@ -7,6 +7,8 @@
 #include <random>
 
 #include "decoder.h"
+#include "floats.h"
+#include "grouped.h"
 
 using namespace tritkit;
 
@@ -323,6 +325,137 @@ void test_groups(const char* isa) {
     }
 }
 
+void put_half(uint8_t* at, float value) {
+    const uint16_t half = f16_from_float(value);
+    std::memcpy(at, &half, 2);
+}
+
+/// Where blocks of ggml have their float16 numbers.
+std::vector<int> half_places(const std::string& name) {
+    if (name == "q2_k") return {80, 82};
+    if (name == "q3_k") return {108};
+    if (name == "q6_k") return {208};
+    if (name == "tq1_0") return {52};
+    if (name == "tq2_0") return {64};
+    if (name == "q4_0" || name == "q5_0" || name == "q8_0") return {0};
+    if (name == "q4_1" || name == "q5_1" || name == "q4_k" || name == "q5_k") return {0, 2};
+    return {};
+}
+
+/// Random blocks, without a byte more than there are; ternary: codes 0, 1 and 2, and the scale one.
+std::vector<uint8_t> random_blocks(const SourceLayout& layout, int rows, int columns, bool ternary) {
+    std::vector<uint8_t> bytes(static_cast<size_t>(layout.source_bytes(rows, columns)));
+    for (uint8_t& byte : bytes) {
+        byte = static_cast<uint8_t>(random_int(0, 255));
+        if (ternary) byte = static_cast<uint8_t>(byte & 0xaa ? byte & 0xaa : byte & 0x55);
+    }
+    for (size_t at = 0; at < bytes.size(); at += static_cast<size_t>(layout.block_bytes))
+        for (int place : half_places(layout.name))
+            put_half(bytes.data() + at + static_cast<size_t>(place), ternary ? 1.0f : 0.01f * random_float());
+    return bytes;
+}
+
+/// linear(x) of random tokens, by two threads.
+std::vector<float> random_product(const Linear& linear, Runner& runner, int tokens, Activations& x) {
+    x.reserve(linear.activations());
+    for (int t = 0; t < tokens; ++t) {
+        for (int k = 0; k < linear.columns(); ++k) x.row(t)[k] = random_float();
+        x.quantize(t, runner.kernels);
+    }
+    std::vector<float> out(static_cast<size_t>(tokens) * linear.rows());
+    std::vector<Linear::Scratch> scratches(2);
+    for (Linear::Scratch& scratch : scratches) linear.reserve(tokens, 2, scratch);
+    runner.pool.run([&](Team& team) {
+        Linear::Scratch& scratch = scratches[static_cast<size_t>(team.rank)];
+        linear.apply(linear.share(team), x, tokens, out.data(), linear.rows(), Linear::Write::kStore, scratch);
+    });
+    return out;
+}
+
+/// The products of blocks are those of the rows that they stand for, on every instruction set the same.
+void test_blocks(const char* isa) {
+    for (const BlockType& type : block_types()) {
+        const SourceLayout& layout = source_layout(type.name);
+        for (const auto& [rows, blocks] : {std::pair{1, 1}, {17, 3}, {50, 9}}) {
+            const int columns = blocks * type.columns, tokens = blocks + 1;
+            random_numbers.seed(static_cast<unsigned>(rows + columns));
+            const std::vector<uint8_t> source = random_blocks(layout, rows, columns, false);
+            const Stored matrix = stored(layout, source, rows, columns);
+            std::vector<float> products[2];
+            Activations x(tokens, columns);
+            for (int i = 0; i < 2; ++i) {
+                random_numbers.seed(1);
+                Runner runner(2, i ? "scalar" : isa);
+                const GroupedLinear linear(BlockSource(matrix), 1.0f, nullptr, runner.pool, runner.arena,
+                                           runner.kernels);
+                products[i] = random_product(linear, runner, tokens, x);
+            }
+            expect(products[0] == products[1], type.name, isa, rows, columns, tokens);
+            bool near = true;
+            const RowTable table(matrix, 1.0f);
+            for (int r = 0; r < rows; ++r) {
+                std::vector<float> row(static_cast<size_t>(columns));
+                table.copy_row(r, row.data());
+                for (int t = 0; t < tokens; ++t) {
+                    double sum = 0.0, size = 0.0;
+                    for (int k = 0; k < columns; ++k) {
+                        const ActivationStrip& strip = x.strips()[t * x.strip_stride() + k / kStripColumns];
+                        const double product = row[static_cast<size_t>(k)] * strip.scale *
+                                               static_cast<double>(strip.codes[k % kStripColumns]);
+                        sum += product;
+                        size += std::fabs(product);
+                    }
+                    // Float sums of integer sums; an offset may be some ten times as large as what is left.
+                    near =
+                        near && std::fabs(sum - products[0][static_cast<size_t>(t * rows + r)]) <= 1e-4 * size + 1e-6;
+                }
+            }
+            expect(near, "values of blocks", type.name, rows, columns, tokens);
+        }
+    }
+}
+
+/// Ternary blocks in every run-time layout; scales and codes that do not fit are refused.
+void test_ternary_blocks() {
+    Pool pool(3);
+    Arena arena;
+    for (const BlockType& type : block_types()) {
+        if (!type.ternary()) continue;
+        const SourceLayout& layout = source_layout(type.name);
+        for (const auto& [rows, blocks] : {std::pair{1, 1}, {16, 5}, {100, 6}, {33, 41}}) {
+            const int columns = blocks * type.columns;
+            std::vector<uint8_t> source = random_blocks(layout, rows, columns, true);
+            const RowTable table(stored(layout, source, rows, columns), 1.0f);
+            for (Runtime runtime : {Runtime::kTernary, Runtime::kTernary3}) {
+                const Bytes packed = repack(stored(layout, source, rows, columns), runtime, 1.0f, pool, arena);
+                bool good = true;
+                std::vector<float> row(static_cast<size_t>(columns));
+                for (int r = 0; r < rows; ++r) {
+                    const uint8_t* tile = packed.data() + r / 16 * tile_bytes(runtime, columns);
+                    table.copy_row(r, row.data());
+                    for (int k = 0; k < columns; ++k)
+                        good = good && row[static_cast<size_t>(k)] ==
+                                           static_cast<float>(runtime_code(runtime, tile, r % 16, k) - 1);
+                }
+                expect(good, type.name, "repack", rows, columns, static_cast<int>(runtime));
+            }
+            auto refused = [&](float scale) {
+                try {
+                    repack(stored(layout, source, rows, columns), Runtime::kTernary, scale, pool, arena);
+                } catch (const std::invalid_argument&) {
+                    return true;
+                }
+                return false;
+            };
+            expect(refused(2.0f) == type.has_scale, type.name, "other scale", rows, columns, 0);
+            if (std::strcmp(type.name, "tq1_0")) {
+                source[0] = 255;
+                expect(refused(1.0f), type.name, "other code", rows, columns, 0);
+            }
+        }
+    }
+}
+
 std::vector<float> float_product(const char* layout, const char* isa, int rows, int columns, int tokens) {
     random_numbers.seed(static_cast<unsigned>(rows + columns + tokens));
     Runner runner(2, isa);
@@ -342,16 +475,7 @@ std::vector<float> float_product(const char* layout, const char* isa, int rows, 
     const FloatLinear linear(stored(source_layout(layout), source, rows, columns), 1.0f, nullptr, runner.pool,
                              runner.arena, runner.kernels);
     Activations x(tokens, columns);
-    for (int t = 0; t < tokens; ++t)
-        for (int k = 0; k < columns; ++k) x.row(t)[k] = random_float();
-    std::vector<float> out(static_cast<size_t>(tokens) * rows);
-    std::vector<Linear::Scratch> scratches(2);
-    for (Linear::Scratch& scratch : scratches) linear.reserve(tokens, 2, scratch);
-    runner.pool.run([&](Team& team) {
-        Linear::Scratch& scratch = scratches[static_cast<size_t>(team.rank)];
-        linear.apply(linear.share(team), x, tokens, out.data(), rows, Linear::Write::kStore, scratch);
-    });
-    return out;
+    return random_product(linear, runner, tokens, x);
 }
 
 void test_floats(const char* isa) {
@@ -616,12 +740,14 @@ int main() {
     test_chunks();
     test_repack();
     test_rows();
+    test_ternary_blocks();
     test_attention();
     for (const std::string& isa : available_isas()) {
         test_integers(isa.c_str());
         test_tiles(isa.c_str());
         test_quantize(isa.c_str());
         test_groups(isa.c_str());
+        test_blocks(isa.c_str());
         test_floats(isa.c_str());
         test_vectors(isa.c_str());
         test_exp(isa.c_str());

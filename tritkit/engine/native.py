@@ -32,9 +32,10 @@ class NativeEngine:
     each token and head, the first token of a sequence at 8. ValueError for any other.
 
     head: a form of the output head (HEADS; None: `default_head`). float: as it is stored; `head` of the engine is then
-    the layout where that is one of blocks. int8, int6, int4: a scale a row, times
-    activations of 16 bits. With "screen" the logits that "last" asks for are exact where they could be the highest and
-    those of int4 elsewhere, which suits greedy decoding; "all" and "nll" are exact.
+    the layout where that is one of blocks. int8: a scale a row, times activations of 16 bits. int6, int4: a scale for
+    32 columns of a row, times activations of 8 bits in the same groups. With "screen" the logits that "last" asks for
+    are exact where they could be the highest and those of 4 bits with a scale a row elsewhere, which suits greedy
+    decoding; "all" and "nll" are exact.
 
     layout: of ternary weights, t16_2 or t16_3 (None: the one that is faster with these kernels).
 
@@ -229,7 +230,7 @@ def _require_memory(runner: _native.Runner, weights: DecoderWeights, head: str) 
     output = weights.embedding if weights.head is None else weights.head
     if head in ("float", "screen"):
         linears.append(output)
-    needed = output.rows * output.cols * HEADS[head] // 8
+    needed = output.rows * output.cols * (2 * HEADS[head] + 1) // 16  # half a bit: scales of groups
     needed += sum(_runtime_bytes(runner, w) for w in linears)
     available = available_memory()
     if available is not None and needed > available:
