@@ -261,7 +261,7 @@ def test_text_goes_on_past_the_context(make_folder, monkeypatch):
     from tritkit.engine.text import stream_ids
 
     model = load(make_folder("b158"))
-    model.tokenizer.eos_id = None  # so that nothing but the count of tokens ends the text
+    model.tokenizer.stop_ids = []  # so that nothing but the count of tokens ends the text
     step, read = model.engine.step, []
     monkeypatch.setattr(model.engine, "step", lambda jobs: read.append(jobs[0]) or step(jobs))
     text = [0, 5, 6]
@@ -284,6 +284,6 @@ def test_rows_that_pad_the_embedding_are_never_drawn(make_folder, seed):
     from tritkit.engine.text import stream_ids
 
     model = load(make_folder("llama", vocab_size=384))
-    model.tokenizer.eos_id = None
+    model.tokenizer.stop_ids = []
     ids = list(stream_ids(model, [0, 5, 6], 100, Sampling(temperature=100.0, seed=seed)))
     assert len(ids) == 100 and max(ids) < len(model.tokenizer) == 320
