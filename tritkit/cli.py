@@ -316,7 +316,7 @@ def import_(arguments: list[str]) -> int:
     """a model from the Hugging Face hub, a GGUF file or llama2.c to a model folder"""
     parser = parser_of(
         "import",
-        "Make a model folder of SOURCE: the id of a model on the Hugging Face hub (owner/name, or with GGUF\n"
+        "Make a model folder of SOURCE: the id of a model on the Hugging Face hub (owner/name, or\n"
         "owner/name/file.gguf), a folder of one, a GGUF file, or a llama2.c checkpoint. Weights keep their bits: blocks\n"
         "of GGUF run as they are.",
         "tritkit import smollm2-q4_k_m.gguf models/smol",

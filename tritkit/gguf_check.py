@@ -44,12 +44,12 @@ def verify(
                 "the file was removed"
             )
         advance()
-    ours, theirs = model.config.to_hf(), written.config.to_hf()
+    wanted, found = model.config.to_hf(), written.config.to_hf()
     for key in ("hidden_size", "num_hidden_layers", "head_dim", "rms_norm_eps", "hidden_act", "tie_word_embeddings"):
-        if ours.get(key) != theirs.get(key):
-            raise OSError(f"{key} does not read back as it was written: {theirs.get(key)} instead of {ours.get(key)}")
-    tables = model.config.rope_frequencies(), written.config.rope_frequencies()
-    if not all(np.allclose(a, b, rtol=1e-5) for a, b in zip(*tables, strict=True)):
+        if wanted.get(key) != found.get(key):
+            raise OSError(f"{key} does not read back as it was written: {found.get(key)} instead of {wanted.get(key)}")
+    (ours, our_factor), (theirs, their_factor) = model.config.rope_frequencies(), written.config.rope_frequencies()
+    if not np.allclose(ours, theirs, rtol=1e-5) or not np.isclose(our_factor, their_factor, rtol=1e-5):
         raise OSError("the rotary frequencies do not read back as they were written")
 
 
