@@ -317,8 +317,8 @@ def import_(arguments: list[str]) -> int:
     parser = parser_of(
         "import",
         "Make a model folder of SOURCE: the id of a model on the Hugging Face hub (owner/name, or\n"
-        "owner/name/file.gguf), a folder of one, a GGUF file, or a llama2.c checkpoint. Weights keep their bits: blocks\n"
-        "of GGUF run as they are.",
+        "owner/name/file.gguf), a folder of one, a GGUF file, or a llama2.c checkpoint. Weights keep their bits:\n"
+        "blocks of GGUF run as they are.",
         "tritkit import smollm2-q4_k_m.gguf models/smol",
     )
     parser.add_argument("source", metavar="SOURCE", help="hub id, folder, file.gguf or llama2.c file")
@@ -425,17 +425,21 @@ def compare(arguments: list[str]) -> int:
 
 
 def inspect(arguments: list[str]) -> int:
-    """what a model folder is, measured"""
+    """what is this? formats, layouts, scales, tokenizer, what is odd"""
     parser = parser_of(
-        "inspect", "Formats, layout, sizes, bits per weight, share of each code.", "tritkit inspect runs/mine-packed"
+        "inspect",
+        "What a model folder, GGUF file, llama2.c or safetensors file is and holds, what tritkit can do with it, and\n"
+        "what is odd about it.",
+        "tritkit inspect models/smol.gguf",
     )
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="a model folder (none: the bundled model)")
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="a folder or a file (none: the bundled model)")
     parser.add_argument("--linears", action="store_true", help="a row for each linear")
+    parser.add_argument("--i2-s", choices=("x86", "arm"), help="order of I2_S codes, where the file does not tell")
     parser.add_argument("--json", action="store_true", help="JSON for programs instead of a table")
     options = parser.parse_args(arguments)
     from .tables import print_inspection
 
-    print_inspection(options.model, options.linears, options.json)
+    print_inspection(options.model, options.i2_s, options.linears, options.json)
     return 0
 
 

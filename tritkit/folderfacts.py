@@ -16,7 +16,7 @@ def describe(folder: ModelFolder, per_linear: PerLinear | None = None) -> dict[s
     """Measured sizes of a folder. per_linear: its ``code_shares``, where they are at hand."""
     return {
         "family": folder.config.family,
-        "weights": folder.config.weights or "full",
+        "weights": folder.config.weights or folder.layout or "full",
         "layout": folder.layout or "floats",
         "parameters": folder.parameters(),
         "bits_per_weight": folder.bits_per_weight(),

@@ -293,6 +293,11 @@ class GGUFFile(Mapping[str, GGUFTensor]):
         number = self._entries[name].type
         return TYPES[number].name if number in TYPES else f"type {number}"
 
+    def bytes_of(self, name: str) -> int | None:
+        """Bytes of a tensor; None where its type is not known."""
+        entry = self._entries[name]
+        return tensor_bytes(TYPES[entry.type], entry.shape) if entry.type in TYPES else None
+
     def shape_of(self, name: str) -> tuple[int, ...]:
         return self._entries[name].shape
 

@@ -44,10 +44,10 @@ def verify(
                 "the file was removed"
             )
         advance()
-    wanted, found = model.config.to_hf(), written.config.to_hf()
+    told, kept = model.config.to_hf(), written.config.to_hf()
     for key in ("hidden_size", "num_hidden_layers", "head_dim", "rms_norm_eps", "hidden_act", "tie_word_embeddings"):
-        if wanted.get(key) != found.get(key):
-            raise OSError(f"{key} does not read back as it was written: {found.get(key)} instead of {wanted.get(key)}")
+        if told.get(key) != kept.get(key):
+            raise OSError(f"{key} does not read back as it was written: {kept.get(key)} instead of {told.get(key)}")
     (ours, our_factor), (theirs, their_factor) = model.config.rope_frequencies(), written.config.rope_frequencies()
     if not np.allclose(ours, theirs, rtol=1e-5) or not np.isclose(our_factor, their_factor, rtol=1e-5):
         raise OSError("the rotary frequencies do not read back as they were written")

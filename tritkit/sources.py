@@ -11,6 +11,11 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[\w./-]+\.gguf)?") 
 PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # how torch.save begins
 
 
+def bundled_folder() -> Path:
+    """The model that ships with tritkit."""
+    return Path(__file__).parent / "bundled" / "model"
+
+
 def open_model(source: Path | str, i2_s: str | None = None, tokenizer: Path | str | None = None) -> ModelFolder:
     """Open a model folder, a GGUF file or a llama2.c checkpoint; ValueError says what else it is.
 

@@ -203,35 +203,41 @@ def print_differences(a: str, b: str, every: bool, i2_s: str | None, as_json: bo
     return 0 if same else 1
 
 
-def print_inspection(folder: str | None, linears: bool, as_json: bool) -> None:
-    from .checkpoint import open_folder
-    from .engine.load import bundled_folder
-    from .folderfacts import code_shares, describe
+def print_inspection(source: str | None, i2_s: str | None, linears: bool, as_json: bool) -> None:
+    from .inspection import inspect
+    from .sources import bundled_folder
 
-    opened = open_folder(folder if folder is not None else bundled_folder())
-    c = opened.config
-    facts: dict[str, Any] = {
-        **describe(opened),
-        "form": "packed" if opened.is_packed else ("latent" if c.weights else "full precision"),
-        "activations": c.activations or "float",
-        "layers": c.num_hidden_layers,
-        "hidden_size": c.hidden_size,
-        "intermediate_size": c.intermediate_size,
-        "heads": f"{c.num_attention_heads} ({c.num_key_value_heads} for keys and values)",
-        "context": c.max_position_embeddings,
-        "vocabulary": c.vocab_size,
-        "tied_embeddings": c.tie_word_embeddings,
-    }
-    per_linear = code_shares(opened) if linears else {}
+    found = inspect(source if source is not None else bundled_folder(), i2_s, linears)
     if as_json:
-        json.dump({"folder": str(opened.path), **facts, "per_linear": per_linear}, sys.stdout, indent=1)
+        json.dump(found, sys.stdout, indent=1)
         print()
         return
-    print_metrics(str(opened.path), facts)
-    if per_linear:
+    screen = _screen()
+    print_metrics(f"{found['source']}: {found['kind']}", found["facts"])
+    table = Table("matrices", "layout", "count", "size", "bits per weight", "scales")
+    for row in found["matrices"]:
+        size, bits = (row[k] for k in ("bytes", "bits_per_weight"))
+        scales = f"{row['smallest_scale']:.3g} to {row['largest_scale']:.3g}" if row.get("largest_scale") else "-"
+        table.add_row(
+            row["place"],
+            row["layout"],
+            str(row["count"]),
+            _or_dash(size, _bytes),
+            _or_dash(bits, lambda v: f"{v:.3f}"),
+            scales,
+        )
+    screen.print(table)
+    if found["tokenizer"]:
+        print_metrics("tokenizer", found["tokenizer"])
+    for title, lines in (("can", found["can"]), ("odd", found["odd"])):
+        for line in lines:
+            screen.print(f"{title}: {line}", soft_wrap=True, highlight=False)
+    if found["runs"]:
+        screen.print(f"tritkit cannot run it: {found['runs']}", soft_wrap=True, highlight=False)
+    if found["per_linear"]:
         table = Table("linear", "-1", "0", "+1")
-        for name, row in per_linear.items():
-            table.add_row(name, *(_share(row[k]) for k in ("share_-1", "share_0", "share_+1")))
-        _screen().print(table)
+        for name, shares in found["per_linear"].items():
+            table.add_row(name, *(_share(shares[k]) for k in ("share_-1", "share_0", "share_+1")))
+        screen.print(table)
     elif linears:
-        print("its linears are floats: there are no codes to count")
+        print("its linears have no ternary or binary codes to count")

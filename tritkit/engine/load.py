@@ -11,6 +11,7 @@ from ..checkpoint import EMBEDDING, HEAD, ModelFolder, linear_names, linear_shap
 from ..gguf_model import one_scale
 from ..layouts import GGML
 from ..models.config import ModelConfig
+from ..sources import bundled_folder as bundled_folder
 from ..sources import open_model
 from ..tensorfile import StoredTensor
 from ..tokenizer import Tokenizer
@@ -36,11 +37,6 @@ class Model:
     folder: ModelFolder
     engine: Engine
     tokenizer: Tokenizer
-
-
-def bundled_folder() -> Path:
-    """The model that ships with tritkit."""
-    return Path(__file__).parent.parent / "bundled" / "model"
 
 
 def load(

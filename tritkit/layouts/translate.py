@@ -104,7 +104,7 @@ def ternary_codes(w: np.ndarray) -> Unpacked:
     if error:
         raise ValueError(
             f"these weights are not ternary: the nearest ternary matrix, of scale {scale:.6g}, is {error:.2%} away; "
-            "`tritkit quantize MODEL OUT ternary` rounds them properly"
+            "`tritkit quantize MODEL OUT ternary`, the next verb to come, rounds them properly"
         )
     return Unpacked(np.sign(w).astype(np.int16), np.full((1, 1), scale, np.float32))
 

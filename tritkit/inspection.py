@@ -1,0 +1,202 @@
+"""``tritkit inspect``: what a file or folder is, what is in it, what can be done with it, and what is odd. No torch."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .checkpoint import EMBEDDING, HEAD, ModelFolder, linear_names, matrix_names, matrix_shape
+from .folderfacts import PerLinear, code_shares, describe
+from .gguf import GGUFFile, Strings
+from .layouts import GGML
+from .sources import open_model
+from .tensorfile import TensorFile
+
+SAMPLE = 1 << 22  # values of a float matrix that are looked at
+
+
+def inspect(source: Path | str, i2_s: str | None = None, linears: bool = False) -> dict[str, Any]:
+    """Facts of whatever ``source`` is, for people and programs.
+
+    Keys: source, kind, runs (None, or why it does not), facts, matrices (a row for each layout), tokenizer, can, odd,
+    per_linear (with ``linears``). ValueError where it is nothing that has weights in it.
+    """
+    found: dict[str, Any] = {"source": str(source), "runs": None, "facts": {}, "matrices": [], "can": [], "odd": []}
+    try:
+        model = open_model(source, i2_s)
+    except ValueError as error:
+        stranger = _stranger(Path(source))
+        if stranger is None:
+            raise
+        return {**found, **stranger, "runs": str(error), "tokenizer": None, "per_linear": {}}
+    c = model.config
+    per_linear: PerLinear = code_shares(model)
+    found["kind"] = {"folder": "model folder", "gguf": "GGUF file", "llama2.c": "llama2.c checkpoint"}[model.container]
+    found["facts"] = {
+        **describe(model, per_linear),
+        "form": _form(model),
+        "activations": c.activations or "float",
+        "layers": c.num_hidden_layers,
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.intermediate_size,
+        "heads": f"{c.num_attention_heads} ({c.num_key_value_heads} for keys and values) of {c.head_dim}",
+        "context": c.max_position_embeddings,
+        "rope": f"{c.rope.type}, base {c.rope_theta:g}",
+        "vocabulary": c.vocab_size,
+        "tied_embeddings": c.tie_word_embeddings,
+    }
+    if model.container == "gguf":
+        meta = GGUFFile(model.path).metadata
+        names = ("general.architecture", "general.name", "general.quantized_by", "general.license")
+        found["facts"] |= {name.removeprefix("general."): meta[name] for name in names if name in meta}
+    found["matrices"] = _matrices(model)
+    found["tokenizer"] = _tokenizer(model, found["odd"])
+    found["odd"] += _odd(model)
+    found["can"] = _can(model)
+    found["per_linear"] = per_linear if linears else {}
+    return found
+
+
+def _form(model: ModelFolder) -> str:
+    if model.is_packed:
+        return "packed"
+    return "latent" if model.config.weights else "full precision"
+
+
+def _matrices(model: ModelFolder) -> list[dict[str, Any]]:
+    """For each place (embedding, head, linears) and layout: how many, how large, between which scales."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for name in matrix_names(model.config):
+        place = {EMBEDDING: "embedding", HEAD: "head"}.get(name, "linears")
+        stored = model.tensors[f"{name}.weight"]
+        layout = model.layouts.get(name) or stored.dtype.lower()
+        row = rows.setdefault((place, layout), {"place": place, "layout": layout, "count": 0, "weights": 0, "bytes": 0})
+        row["count"] += 1
+        row["weights"] += int(np.prod(matrix_shape(model.config, name)))
+        row["bytes"] += stored.array.nbytes
+        low, high = _scales(model, name)
+        row["smallest_scale"] = min(row.get("smallest_scale", low), low)
+        row["largest_scale"] = max(row.get("largest_scale", high), high)
+    for row in rows.values():
+        row["bits_per_weight"] = 8 * row["bytes"] / row["weights"]
+    return list(rows.values())
+
+
+def _scales(model: ModelFolder, name: str) -> tuple[float, float]:
+    """The range of |scale| of a matrix of codes, those of zero aside; of floats: of |value|, from a sample."""
+    if name not in model.layouts:
+        stored = model.tensors[f"{name}.weight"]
+        rows = max(1, SAMPLE // max(stored.array.shape[1], 1))
+        values = np.abs(stored._replace(array=stored.array[:rows]).float32())
+        return 0.0, float(values.max(initial=0))
+    if model.layouts[name] in GGML:
+        layout = GGML[model.layouts[name]]
+        blocks = model.packed(name).arrays["weight"].reshape(-1, layout.block_bytes)
+        at = layout.floats[0]
+        half = np.ascontiguousarray(blocks[:, at : at + 2]).view(np.float16)
+        values = np.abs(half[np.isfinite(half) & (half != 0)].astype(np.float32))
+    else:
+        values = np.abs(model.packed(name).arrays["weight_scale"].astype(np.float32).reshape(-1))
+    return float(values.min(initial=np.inf)), float(values.max(initial=0))
+
+
+def _tokenizer(model: ModelFolder, odd: list[str]) -> dict[str, Any] | None:
+    try:
+        tokenizer = model.tokenizer()
+    except ValueError as error:
+        odd.append(f"its tokenizer cannot be used: {error}")
+        return None
+    rows, tokens = model.config.vocab_size, len(tokenizer)
+    if tokens < rows:
+        odd.append(f"the embedding has {rows} rows for {tokens} tokens: {rows - tokens} are padding")
+    if not tokenizer.stop_ids:
+        odd.append("its tokenizer has no end-of-text token: generation never stops by itself")
+    return {
+        "kind": type(tokenizer.inner.model).__name__,
+        "tokens": tokens,
+        "bos": tokenizer.bos_id,
+        "eos": tokenizer.eos_id,
+        "stops_at": sorted(tokenizer.stop_ids),
+        "chat_template": bool(tokenizer.chat_template),
+    }
+
+
+def _odd(model: ModelFolder) -> Iterator[str]:
+    """What a user may want to know before using it."""
+    for name in matrix_names(model.config):
+        if model.layouts.get(name) in GGML:
+            broken = GGML[model.layouts[name]].nonfinite(model.packed(name))
+            if broken:
+                yield f"{name} has {broken} blocks with a scale that is not finite: the file is damaged"
+    ternary = [n for n in linear_names(model.config) if model.layouts.get(n, "").startswith(("tq", "i2_s"))]
+    if ternary and model.config.weights is None:
+        yield (
+            f"{len(ternary)} linears have ternary codes, but not all of them, or with several scales in one: it runs "
+            "as weights in blocks, with activations in groups of 32"
+        )
+    if any(layout.startswith("i2_s") for layout in model.layouts.values()):
+        order = next(layout for layout in model.layouts.values() if layout.startswith("i2_s")).removeprefix("i2_s_")
+        yield f"its I2_S codes are in the {order} order; bitnet.cpp on another kind of CPU reads them as garbage"
+    if model.config.weights == "ternary" and not model.is_packed:
+        yield "its linears are latent floats: they are rounded when it runs, and tritkit pack rounds them for good"
+    if model.container == "folder" and model.hf.get("quantization_config", {}).get("linear_class") == "bitlinear":
+        yield "its ternary scales divide (bitlinear); those of autobitlinear multiply"
+
+
+def _can(model: ModelFolder) -> list[str]:
+    """Verbs that work on it."""
+    can = ["generate, chat, eval, bench with the native engine", "the same with --engine torch"]
+    if model.container != "folder":
+        can.append("import to a model folder")
+    if not model.is_packed and model.container == "folder":
+        can.append("train: go on from its weights")
+    if model.config.weights and not model.is_packed:
+        can.append("pack")
+    kinds = "f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0"
+    if model.config.weights == "ternary":
+        can.append(f"export to GGUF: tq2_0, tq1_0, i2_s, {kinds}")
+        can.append("export to transformers: --to hf-bitlinear, hf-autobitlinear, bf16")
+    else:
+        can.append(f"export to GGUF: {kinds}" + (f", and as it is: {model.layout}" if model.layout else ""))
+        can.append("export to transformers: --to bf16, float16, float32")
+    return can
+
+
+def _stranger(path: Path) -> dict[str, Any] | None:
+    """What can be said of a file that tritkit does not run as a model; None where it has no weights."""
+    if not path.is_file():
+        return None
+    try:
+        if path.suffix == ".safetensors":
+            tensors = TensorFile(path)
+            stored = {n: (tensors[n].dtype.lower(), tensors[n].array.shape, tensors[n].array.nbytes) for n in tensors}
+            facts = {"tensors": len(tensors)}
+            return {"kind": "safetensors file", "facts": facts, "matrices": _counted(stored)}
+        file = GGUFFile(path)
+    except ValueError:
+        return None
+    meta = {
+        key: f"{len(value)} values" if isinstance(value, Strings | np.ndarray) else str(value)[:80]
+        for key, value in file.metadata.items()
+        if not key.startswith("tokenizer.chat_template")
+    }
+    shapes = {n: (file.type_of(n), file.shape_of(n), file.bytes_of(n)) for n in file}
+    return {"kind": "GGUF file", "facts": {"tensors": len(file), **meta}, "matrices": _counted(shapes)}
+
+
+def _counted(shapes: Mapping[str, tuple[str, tuple[int, ...], int | None]]) -> list[dict[str, Any]]:
+    rows: dict[str, dict[str, Any]] = defaultdict(lambda: {"place": "tensors", "count": 0, "weights": 0, "bytes": 0})
+    for kind, shape, nbytes in shapes.values():
+        row = rows[kind]
+        row["layout"] = kind
+        row["count"] += 1
+        row["weights"] += int(np.prod(shape, dtype=np.int64))
+        row["bytes"] = None if nbytes is None or row["bytes"] is None else row["bytes"] + nbytes
+    for row in rows.values():
+        known = row["bytes"] is not None and row["weights"]
+        row["bits_per_weight"] = 8 * row["bytes"] / row["weights"] if known else None
+    return list(rows.values())
