@@ -80,20 +80,32 @@ std::vector<Plane> planes_of(int bits, int rows, int columns, Arena& arena, std:
 
 /// What the largest number of a group may become, as a share of it: -half keeps it, half - 1 may have less error in
 /// all.
-constexpr float kGroupShares[] = {1.0f, 0.95f, 0.9f, 0.85f, 0.8f, 0.75f, 0.7f};
+constexpr float kGroupShares[] = {1.0f, 0.92f, 0.84f, 0.76f};
+
+float squared_error(const float (&group)[kStripColumns], float scale, float low, float high) {
+    const float inverse = 1.0f / scale;
+    float squares[kStripColumns];
+    for (int k = 0; k < kStripColumns; ++k) {
+        const float difference = group[k] - scale * static_cast<float>(code_of(group[k], inverse, low, high));
+        squares[k] = difference * difference;
+    }
+    for (int n = kStripColumns / 2; n; n /= 2)
+        for (int k = 0; k < n; ++k) squares[k] += squares[k + n];
+    return squares[0];
+}
 
 /// float16 bits of the scale, and the codes + half.
-uint16_t quantize_group(const float* row, int columns, int bits, uint8_t* codes) {
+uint16_t quantize_group(const float (&group)[kStripColumns], int bits, uint8_t* codes) {
     const float half = static_cast<float>(1 << (bits - 1)), low = -half, high = half - 1.0f;
     float largest = 0.0f;
-    for (int k = 0; k < columns; ++k) largest = std::fabs(row[k]) > std::fabs(largest) ? row[k] : largest;
+    for (float weight : group) largest = std::fabs(weight) > std::fabs(largest) ? weight : largest;
     uint16_t best = 0;
     float least = INFINITY;
     auto attempt = [&](float scale) {
         const uint16_t found = f16_from_float(scale);
         const float stored = float_from_f16(found);
         if (stored == 0.0f) return;
-        const float error = squared_error(row, columns, stored, low, high);
+        const float error = squared_error(group, stored, low, high);
         if (error < least) best = found, least = error;
     };
     if (bits > 4) {
@@ -105,8 +117,8 @@ uint16_t quantize_group(const float* row, int columns, int bits, uint8_t* codes)
         }
     }
     const float scale = float_from_f16(best), inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
-    for (int k = 0; k < columns; ++k)
-        codes[k] = static_cast<uint8_t>(code_of(row[k], inverse, low, high) + (1 << (bits - 1)));
+    for (int k = 0; k < kStripColumns; ++k)
+        codes[k] = static_cast<uint8_t>(code_of(group[k], inverse, low, high) + (1 << (bits - 1)));
     return best;
 }
 
@@ -128,12 +140,12 @@ bool RowGroups::read_span(int tile, int begin, int end, uint8_t* header, SpanCod
     const int first = tile * kTileRows, columns = std::min(end, columns_) - begin;
     bool good = true;
     for (int r = 0; r < kTileRows && first + r < rows_; ++r) {
-        float row[kSpanColumns];
-        table_.copy_columns(first + r, begin, columns, row);
-        good = good && std::isfinite(absolute_maximum(row, columns));
+        float row[kSpanColumns / kStripColumns][kStripColumns] = {};
+        table_.copy_columns(first + r, begin, columns, row[0]);
+        good = good && std::isfinite(absolute_maximum(row[0], columns));
         for (int k = 0; k < columns; k += kStripColumns) {
-            uint8_t group[kStripColumns] = {};
-            const uint16_t scale = quantize_group(row + k, std::min(columns - k, kStripColumns), bits_, group);
+            uint8_t group[kStripColumns];
+            const uint16_t scale = quantize_group(row[k / kStripColumns], bits_, group);
             std::memcpy(header + k / kStripColumns * layout_.scale_bytes() + 2 * r, &scale, sizeof scale);
             for (int i = 0; i < kStripColumns; i += 4) std::memcpy(codes.quads[(k + i) / 4] + 4 * r, group + i, 4);
         }
