@@ -39,6 +39,7 @@ WRITTEN = ("f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", *TERNAR
 # general.file_type: what most of a file is.
 FILE_TYPES = {
     **{"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "bf16": 32},
+    **{"q2_k": 10, "q3_k": 12, "q4_k": 15, "q5_k": 17, "q6_k": 18},  # S, M or L cannot be told: M
     **{"tq1_0": 36, "tq2_0": 37, "i2_s": 40},
 }
 # What a type's embedding and head become where nothing else is asked for. Rounding them to 8 bits costs nothing that
@@ -64,25 +65,25 @@ def architecture_of(model: ModelFolder) -> str:
     raise ValueError(f"GGUF has no architecture for the {family} family with {act!r}")
 
 
-def default_type(model: ModelFolder) -> str:
-    """What a model is exported as where no type is asked for: what it is already, ternary ones as TQ2_0."""
-    if model.config.weights == "ternary":
+def own_type(model: ModelFolder, name: str) -> str:
+    """What a matrix is already, ternary codes of other containers as TQ2_0."""
+    layout = model.layouts.get(name)
+    if layout is None:
+        stored = model.tensors[f"{name}.weight"].dtype
+        return {dtype: kind for kind, (dtype, _) in FLOAT_TYPES.items()}.get(stored, "f32")
+    if layout in GGML:
+        return layout
+    if layout.startswith("i2_s"):
+        return "i2_s"
+    if layout in ("hf_bitlinear", "hf_autobitlinear"):
         return "tq2_0"
-    if model.config.weights is not None:
-        raise ValueError(f"GGUF has no type for {model.config.weights} weights; name one with --type")
-    kinds = Counter(model.layouts.get(n) or _float_type(model, n) for n in linear_names(model.config))
-    return kinds.most_common(1)[0][0]
+    raise ValueError(f"GGUF has no type for {name}, which is stored as {layout}; name one with --type")
 
 
-def _float_type(model: ModelFolder, name: str) -> str:
-    return {dtype: kind for kind, (dtype, _) in FLOAT_TYPES.items()}[model.tensors[f"{name}.weight"].dtype]
-
-
-def plan(model: ModelFolder, kind: str, embedding: str | None) -> dict[str, Plan]:
+def plan(model: ModelFolder, kind: str | None, embedding: str | None) -> dict[str, Plan]:
     """The type of each matrix; ValueError for a type that cannot be written, or not for this model."""
-    kind = kind.lower()
     present = {layout for layout in model.layouts.values() if layout in GGML}
-    if kind not in WRITTEN and kind not in present:
+    if kind is not None and kind not in WRITTEN and kind not in present:
         if kind in GGML or kind.startswith(("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")):
             raise ValueError(f"tritkit cannot quantise to {kind.upper()} yet; it writes {', '.join(WRITTEN)}")
         raise ValueError(f"there is no type {kind!r} to export; known are {', '.join(WRITTEN)}")
@@ -91,11 +92,15 @@ def plan(model: ModelFolder, kind: str, embedding: str | None) -> dict[str, Plan
         raise ValueError(f"there is no type {embedding!r} for an embedding; known are {known}")
     if kind in TERNARY:
         _require_ternary(model)
+    most = kind or own_type(model, linear_names(model.config)[0])
     found = {}
     for name in matrix_names(model.config):
-        outside = name in (EMBEDDING, HEAD)
-        own = model.layouts.get(name)
-        wanted = (embedding or (own if own in GGML else None) or EMBEDDINGS.get(kind, kind)) if outside else kind
+        if name not in (EMBEDDING, HEAD):
+            wanted = kind or own_type(model, name)
+        else:
+            own = own_type(model, name)
+            usual = EMBEDDINGS.get(most, most if kind in WRITTEN else own)
+            wanted = embedding or (own if own in GGML else usual)
         found[name] = _fitting(model, name, wanted)
     return found
 
@@ -142,7 +147,7 @@ def export_gguf(
 ) -> dict[str, Any]:
     """Write ``source`` as a GGUF file and return a report: types with their numbers of matrices, notes, bytes.
 
-    kind: type of the linears, one of WRITTEN (none: what they are, TQ2_0 for ternary ones). embedding: type of the
+    kind: type of the linears, one of WRITTEN (none: what each is, TQ2_0 for ternary ones). embedding: type of the
     embedding and the output head (none: theirs where it is a type of ggml, else EMBEDDINGS or kind). arm: I2_S in the
     order that bitnet.cpp's ARM builds want. ValueError for what cannot be written; OSError where what was written does
     not read back as it should, and then there is no file.
@@ -152,11 +157,12 @@ def export_gguf(
         raise ValueError(f"{out} exists; give another name, or --overwrite")
     if not out.parent.is_dir():
         raise ValueError(f"there is no folder {out.parent} to write {out.name} into")
-    kind = (kind or default_type(source)).lower()
+    kind = None if kind is None else kind.lower()
     architecture = architecture_of(source)
     model = _packed(source) if source.config.weights is not None and not source.is_packed else source
     plans = plan(model, kind, embedding)
-    metadata = metadata_of(model, architecture, kind)
+    most = Counter(plans[name].type for name in linear_names(model.config)).most_common(1)[0][0]
+    metadata = metadata_of(model, architecture, most)
     order = "i2_s_arm" if arm else "i2_s_x86"
     heads = _row_orders(model, architecture)
     names = _names(model)
@@ -179,7 +185,7 @@ def export_gguf(
         "architecture": architecture,
         "types": dict(Counter(p.type for p in plans.values())),
         "file_bytes": out.stat().st_size,
-        "notes": notes(model, architecture, kind, plans),
+        "notes": notes(model, architecture, most, plans),
     }
 
 
