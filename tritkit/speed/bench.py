@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import results
-from ..checkpoint import open_folder
 from ..models.config import ModelConfig
+from ..sources import open_model
 from . import peer
 from .child import Child
 from .machine import Limits, Machine
@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
             against=options.peer,
             asked=asked,
         )
-    if options.model is not None and not options.no_record:
+    if options.model is not None and Path(options.model).is_dir() and not options.no_record:
         settings = {k: v for k, v in vars(options).items() if k not in ("model", "no_record", "json")}
         results.record(options.model, "bench", settings, _metrics(options.engine, rows[0]))
     if not options.json:
@@ -82,10 +82,10 @@ def _model(options: argparse.Namespace) -> Iterator[tuple[str, Path, ModelConfig
         from ..engine.load import bundled_folder
 
         folder = Path(options.model) if options.model is not None else bundled_folder()
-        config = open_folder(folder).config
+        model = open_model(folder)
         if options.peer:
-            peer.require(options.peer, config)
-        yield (str(folder) if options.model is not None else "the bundled model"), folder, config
+            peer.require(options.peer, model.config, peer.runs(model))
+        yield (str(folder) if options.model is not None else "the bundled model"), folder, model.config
         return
     config = shape_named(options.shape, _work(options, None).positions())
     if options.peer:
@@ -151,7 +151,9 @@ def _others(
     if "head" in ENGINE_OPTIONS and config.weights and asked.get("head") != "int6":
         alike = asked | {"head": "int6"}
         yield "the native engine with a 6-bit head", Ours, folder, work, threads, "native", alike
-    path, facts = stack.enter_context(peer.random_gguf(name, config))
+    model = open_model(folder)
+    itself = name not in SHAPES and peer.runs(model)
+    path, facts = stack.enter_context(peer.model_gguf(model) if itself else peer.random_gguf(name, config))
     yield "llama.cpp", peer.LlamaCpp, path, work, threads, facts
 
 

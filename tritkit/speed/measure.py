@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoint import linear_names, linear_shape, open_folder
+from ..checkpoint import linear_names, linear_shape
 from ..engine import Engine, Job
 from ..engine.load import decoder_weights
 from ..engine.native import NativeEngine
 from ..memory import peak_memory_mib
 from ..models.config import ModelConfig
 from ..progress import progress
+from ..sources import open_model
 from .child import Child
 from .machine import Machine, Sample, Stopwatch, machine_of
 
@@ -101,7 +102,7 @@ class Ours(Contestant):
 
     def __init__(self, folder: Path, work: Work, threads: int, engine: str, options: dict[str, Any]):
         began = time.perf_counter()
-        opened = open_folder(folder)
+        opened = open_model(folder)
         work.require_room(opened.config.max_position_embeddings)
         self.engine: Engine
         if engine == "native":

@@ -1,4 +1,4 @@
-"""llama.cpp as a contestant: the same shape in a temporary GGUF file, run through the package llama-cpp-python.
+"""llama.cpp as a contestant: the same model or shape as a GGUF file, run through the package llama-cpp-python.
 
 A bitnet shape gets TQ2_0 linears and a Q6_K head, which is llama.cpp's usual way; a llama shape is F16 throughout.
 """
@@ -18,7 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint import linear_names, linear_shape, norm_sizes
+from ..checkpoint import ModelFolder, linear_names, linear_shape, norm_sizes
+from ..gguf import GGUFFile
+from ..gguf_export import architecture_of, export_gguf
+from ..gguf_model import ggml_name as gguf_name
 from ..models.config import ModelConfig
 from ..progress import progress
 from .measure import Contestant, Work
@@ -46,12 +49,14 @@ NAMES = {  # ours to ggml's
 }
 
 
-def require(peer: str, config: ModelConfig) -> None:
-    """ValueError, in one sentence, where this peer is not there or cannot run this shape."""
+def require(peer: str, config: ModelConfig, itself: bool = False) -> None:
+    """ValueError, in one sentence, where this peer is not there or cannot run this shape. itself: it gets the model."""
     if importlib.util.find_spec("llama_cpp") is None:
         raise ValueError(f"--peer {peer} needs its package: pip install llama-cpp-python")
-    if config.weights not in ("ternary", None):
-        raise ValueError(f"{peer} has no format for {config.weights} weights")
+    if itself:
+        return
+    if config.family not in ARCHITECTURES or config.weights not in ("ternary", None):
+        raise ValueError(f"{peer} has no format for {config.weights or 'full'} weights of the {config.family} family")
     odd = [n for n in (config.hidden_size, config.intermediate_size) if n % BLOCK]
     if config.weights and odd:
         raise ValueError(f"{peer}'s TQ2_0 has blocks of {BLOCK} columns, and {odd[0]} is no multiple of that")
@@ -132,6 +137,32 @@ def random_gguf(name: str, config: ModelConfig) -> Iterator[tuple[Path, dict[str
         position = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # float16
         facts = {"layout": linear, "head": head, "kv_bits": 16, "weight_bytes": read, "kv_bytes": position}
         yield folder / "model.gguf", facts
+
+
+@contextmanager
+def model_gguf(model: ModelFolder) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The model itself as a file that llama.cpp runs, each matrix in the type that it has, and the facts of its row."""
+    if model.container == "gguf":
+        yield model.path, _facts(model.path, model.config)
+        return
+    with temporary_folder(2 * model.file_bytes(), "the model for llama.cpp") as folder:
+        export_gguf(model, folder / "model.gguf")
+        yield folder / "model.gguf", _facts(folder / "model.gguf", model.config)
+
+
+def _facts(path: Path, config: ModelConfig) -> dict[str, Any]:
+    file = GGUFFile(path)
+    head = "token_embd.weight" if config.tie_word_embeddings else "output.weight"
+    linears = [gguf_name(f"{name}.weight") for name in linear_names(config)]
+    read = sum(file[name].data.nbytes for name in (*linears, head))
+    layouts = "+".join(sorted({file.type_of(name) for name in linears}))
+    position = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # float16
+    return {"layout": layouts, "head": file.type_of(head), "kv_bits": 16, "weight_bytes": read, "kv_bytes": position}
+
+
+def runs(model: ModelFolder) -> bool:
+    """Whether llama.cpp runs this very model; else it gets random weights of the same shape."""
+    return architecture_of(model) != "bitnet-b1.58"
 
 
 def _random(kind: str, shape: tuple[int, ...], spread: float) -> GgufTensor:
