@@ -164,8 +164,9 @@ def test_the_verbs_in_a_row(capsys, tmp_path, text_file):
     assert 2.0 <= columns[packed]["bits_per_weight"] < 2.1
     assert run(capsys, "compare", latent, packed)[0] == 0
     code, out, _ = run(capsys, "inspect", packed, "--linears", "--json")
-    facts = json.loads(out)
-    assert code == 0 and facts["layout"] == "hf_autobitlinear" and len(facts["per_linear"]) == 7
+    found = json.loads(out)
+    facts = found["facts"]
+    assert code == 0 and facts["layout"] == "hf_autobitlinear" and len(found["per_linear"]) == 7
     assert facts["share_-1"] + facts["share_0"] + facts["share_+1"] == pytest.approx(1)
     assert "already holds a trained model" in fails(
         capsys, "train", latent, "--data", str(text_file), *sizes, *more, *formats

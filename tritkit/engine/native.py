@@ -11,7 +11,9 @@ from tritkit.engine import Job, checked
 from tritkit.engine.weights import BLOCKS, FLOATS, DecoderWeights, LayerWeights, LinearWeights, check
 from tritkit.memory import available_memory
 
-CHUNK = 256  # tokens in one native call: short enough that Ctrl-C is heard, long enough to be efficient
+# Tokens in one native call: short enough that Ctrl-C is heard and that what lies between the layers stays small, long
+# enough that unpacking the weights costs nothing (256 are no faster, docs/log.md).
+CHUNK = 128
 LARGE_HEAD = 2**24  # bytes
 # Forms of the output head -> bits of its copy (0: none). float: the weights as they are stored, in blocks or not;
 # screen: 4 bits say which logits could be high, and these are computed from the weights as they are.
