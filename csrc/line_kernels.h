@@ -15,7 +15,7 @@
 // registers.
 
 constexpr int kRowsAhead = 4;     // from the product to the prefetch, in each part of the list
-constexpr int kColumnGroup = 64;  // columns that are added to sums while these are in registers
+constexpr int kColumnGroup = 32;  // columns that are added to sums while these are in registers
 
 /// The i-th row of a part of the list, `share` rows long: of one of several streams, if the list is long and dense.
 /// Behind the end of its part the last one stands in.
