@@ -114,19 +114,28 @@ Stored stored(const std::string& layout, const Array& data, int rows, int column
     return {source, bytes_of(data), rows, columns, mapped};
 }
 
+Skip skip_of(const std::string& name) {
+    if (name == "nothing") return Skip::kNothing;
+    if (name == "outputs") return Skip::kOutputs;
+    if (name == "inputs") return Skip::kInputs;
+    throw nb::value_error(("skip is '" + name + "', expected nothing, outputs or inputs").c_str());
+}
+
 int64_t runtime_bytes(const Runner& runner, const std::string& layout, const Array& data, int rows, int columns,
-                      const std::optional<std::string>& activations) {
-    return needed_bytes(stored(layout, data, rows, columns, false), runner.ternary, activations.value_or(""));
+                      const std::optional<std::string>& activations, const std::string& skip) {
+    return needed_bytes(stored(layout, data, rows, columns, false), runner.ternary, skip_of(skip),
+                        activations.value_or(""));
 }
 
 std::shared_ptr<Linear> new_linear(Runner& runner, const std::string& layout, const Array& data, int rows, int columns,
                                    float scale, const std::optional<std::string>& activations,
-                                   const std::optional<Array>& bias, bool mapped) {
+                                   const std::optional<Array>& bias, bool mapped, const std::string& skip) {
     const Stored source = stored(layout, data, rows, columns, mapped);
     const float* bias_data = bias ? checked<float>(*bias, "bias", {rows}) : nullptr;
+    const Skip skipped = skip_of(skip);
     nb::gil_scoped_release release;
-    return make_linear(source, runner.ternary, scale, activations.value_or(""), bias_data, runner.pool, runner.arena,
-                       runner.kernels);
+    return make_linear(source, runner.ternary, skipped, scale, activations.value_or(""), bias_data, runner.pool,
+                       runner.arena, runner.kernels);
 }
 
 template <class Matrix>
@@ -311,14 +320,18 @@ DecoderShape shape_from(const nb::dict& d) {
 
 void init_decoder(Decoder* self, std::shared_ptr<Runner> runner, const nb::dict& shape,
                   std::shared_ptr<RowTable> embedding, const nb::list& layers, const Array& final_norm,
-                  std::shared_ptr<Head> head, int kv_bits) {
+                  std::shared_ptr<Head> head, int kv_bits, std::optional<std::pair<double, double>> density) {
     const DecoderShape s = shape_from(shape);
     require_shape(*embedding, "embedding", s.vocab_size, s.hidden_size);
     require_shape(*head, "head", s.vocab_size, s.hidden_size);
+    if (density && !(density->first >= density->second && density->second >= 0.0 && density->first <= 1.0))
+        throw nb::value_error("density must be two shares, 1 >= up >= down >= 0");
+    const Density forced = density ? Density{density->first, density->second} : Density{};
     std::vector<Layer> built;
     for (nb::handle layer : layers) built.push_back(layer_of(nb::cast<nb::dict>(layer), s));
-    new (self) Decoder(std::move(runner), s, std::move(embedding), std::move(built),
-                       norm(final_norm, "final_norm", s.hidden_size), std::move(head), kv_bits);
+    new (self)
+        Decoder(std::move(runner), s, std::move(embedding), std::move(built),
+                norm(final_norm, "final_norm", s.hidden_size), std::move(head), kv_bits, density ? &forced : nullptr);
 }
 
 Want want_of(const std::string& name) {
@@ -381,7 +394,7 @@ nb::list step(Decoder& decoder, const nb::list& jobs) {
 nb::object integer_product(const std::string& layout, const Array& data, int rows, int columns, const Array& x,
                            const std::string& isa) {
     Runner runner(1, isa);
-    const auto linear = new_linear(runner, layout, data, rows, columns, 1.0f, "a8", std::nullopt, false);
+    const auto linear = new_linear(runner, layout, data, rows, columns, 1.0f, "a8", std::nullopt, false, "nothing");
     const int8_t* codes = checked<int8_t>(x, "x", 2);
     const int tokens = static_cast<int>(x.shape(0));
     checked<int8_t>(x, "x", {tokens, columns});
@@ -495,7 +508,7 @@ NB_MODULE(_native, m) {
     m.def("default_isa", &default_isa, "TRITKIT_ISA, or the fastest available one.");
     m.def("usable_cores", &usable_cores, "Cores that this process may run on.");
     m.def("runtime_bytes", &runtime_bytes, "runner"_a, "layout"_a, "data"_a, "rows"_a, "cols"_a,
-          "activations"_a.none() = nb::none(), "Bytes that a Linear would allocate.");
+          "activations"_a.none() = nb::none(), "skip"_a = "nothing", "Bytes that a Linear would allocate.");
     m.def("integer_product", &integer_product, "layout"_a, "data"_a, "rows"_a, "cols"_a, "x"_a, "isa"_a = "",
           "Exact int32 [tokens, rows] product of packed weights and int8 x [tokens, cols].");
     m.def("quantize", &quantize, "x"_a, "activations"_a, "isa"_a = "", "int8 codes and float32 scales of each row.");
@@ -507,7 +520,8 @@ NB_MODULE(_native, m) {
     nb::class_<Runner>(m, "Runner", "Threads and kernels.")
         .def(nb::init<int, const std::string&, const std::string&>(), "threads"_a = 0, "isa"_a = "", "layout"_a = "")
         .def_prop_ro("threads", [](const Runner& r) { return r.pool.size(); })
-        .def_prop_ro("isa", [](const Runner& r) { return r.kernels.isa; });
+        .def_prop_ro("isa", [](const Runner& r) { return r.kernels.isa; })
+        .def_prop_ro("tiles", [](const Runner& r) { return facts(tile_layout(r.ternary.tiles)).name; });
 
     m.def("integer_peak", &integer_peak, "runner"_a, "seconds"_a, Release(),
           "Gop/s of each thread, while all of them multiply codes in registers for about so long.");
@@ -525,7 +539,7 @@ NB_MODULE(_native, m) {
 
     nb::class_<Linear>(m, "Linear", "One matrix in its run-time layout.")
         .def(nb::new_(&new_linear), "runner"_a, "layout"_a, "data"_a, "rows"_a, "cols"_a, "scale"_a,
-             "activations"_a.none(), "bias"_a.none(), "mapped"_a = false)
+             "activations"_a.none(), "bias"_a.none(), "mapped"_a = false, "skip"_a = "nothing")
         .def_prop_ro("bytes", &Linear::bytes)
         .def_prop_ro("layout", &Linear::layout);
 
@@ -552,7 +566,7 @@ NB_MODULE(_native, m) {
 
     nb::class_<Decoder>(m, "Decoder", "The whole forward step.")
         .def("__init__", &init_decoder, "runner"_a, "shape"_a, "embedding"_a, "layers"_a, "final_norm"_a, "head"_a,
-             "kv_bits"_a = 16)
+             "kv_bits"_a = 16, "density"_a.none() = nb::none())
         .def("new", &Decoder::create, Release())
         .def("fork", &Decoder::fork, "sequence"_a, Release())
         .def("truncate", &Decoder::truncate, "sequence"_a, "length"_a, Release())
@@ -560,6 +574,9 @@ NB_MODULE(_native, m) {
         .def("length", &Decoder::length, "sequence"_a, Release())
         .def("step", &step, "jobs"_a, "List of (sequence, int32 tokens, want, int32 targets or None).")
         .def_prop_ro("bytes_per_token", &Decoder::bytes_per_token)
+        .def_prop_ro("ffn_bytes_per_token", &Decoder::ffn_bytes_per_token)
+        .def_prop_ro("ffn_bytes", &Decoder::ffn_bytes)
+        .def_prop_ro("density", [](const Decoder& d) { return std::pair(d.density().up, d.density().down); })
         .def_prop_ro("kv_bits", &Decoder::kv_bits)
         .def_prop_ro("kv_bytes_per_position", &Decoder::kv_bytes_per_position);
 

@@ -8,15 +8,24 @@
 namespace tritkit {
 namespace {
 
-Runtime ternary_layout(const std::string& name, const Kernels& kernels) {
-    if (name.empty()) return kernels.base3 ? Runtime::kTernary3 : Runtime::kTernary;
-    if (name == "t16_2") return Runtime::kTernary;
-    if (name == "t16_3") return Runtime::kTernary3;
-    throw std::invalid_argument("layout is '" + name + "', expected t16_2, t16_3 or None");
+TernaryLayout ternary_layout(const std::string& name, const Kernels& kernels) {
+    const Runtime faster = kernels.base3 ? Runtime::kTernary3 : Runtime::kTernary;
+    if (name.empty()) return {faster, kernels.lines->faster ? Lines::kWhereFull : Lines::kNever};
+    if (name == "l64_3") return {faster, Lines::kAlways};
+    if (name == "t16_2") return {Runtime::kTernary, Lines::kNever};
+    if (name == "t16_3") return {Runtime::kTernary3, Lines::kNever};
+    throw std::invalid_argument("layout is '" + name + "', expected t16_2, t16_3, l64_3 or None");
 }
 
 constexpr int kHeadTokens = 16;  // tokens whose logits exist at the same time
-constexpr int kChunkRows = 64;   // rows of a linear that are dealt out together: tiles for four streams
+
+/// out[t] = (or +=) linear(x[t]) for n tokens, the rows shared by all threads.
+void deal_out(Team& team, const Linear& linear, const Activations& x, int n, float* out, Linear::Write write,
+              Linear::Scratch& scratch) {
+    Chunks chunks(team, linear.rows(), linear.rows_together());
+    for (Range rows = chunks.next(); !rows.empty(); rows = chunks.next())
+        linear.apply(rows, x, n, out, linear.rows(), write, scratch);
+}
 
 }  // namespace
 
@@ -91,7 +100,7 @@ struct Decoder::Output {
 };
 
 Decoder::Decoder(std::shared_ptr<Runner> runner, const DecoderShape& shape, RowsPtr embedding,
-                 std::vector<Layer> layers, Norm final_norm, HeadPtr head, int kv_bits)
+                 std::vector<Layer> layers, Norm final_norm, HeadPtr head, int kv_bits, const Density* forced)
     : runner_(std::move(runner)),
       shape_(shape),
       embedding_(std::move(embedding)),
@@ -99,7 +108,14 @@ Decoder::Decoder(std::shared_ptr<Runner> runner, const DecoderShape& shape, Rows
       final_norm_(std::move(final_norm)),
       head_(std::move(head)),
       pages_(static_cast<int>(layers_.size()), shape.heads.kv_heads, shape.heads.head_dim, kv_bits),
-      attention_(shape.heads, shape.rotary, pages_, runner_->kernels, runner_->pool.size()) {}
+      attention_(shape.heads, shape.rotary, pages_, runner_->kernels, runner_->pool.size()),
+      sparse_ffn_(runner_->kernels, shape.intermediate_size, shape.hidden_size, static_cast<int>(layers_.size()),
+                  runner_->pool.size(), forced) {
+    const bool sparse = std::all_of(layers_.begin(), layers_.end(), [&](const Layer& l) { return is_sparse(l); });
+    if (forced && (layers_.empty() || !sparse))
+        throw std::invalid_argument(
+            "a density can be forced only on ternary models with a ReLU^2 gate in layout l64_3");
+}
 
 int Decoder::create() {
     std::lock_guard lock(mutex_);
@@ -126,18 +142,39 @@ int Decoder::length(int sequence) const {
     return pages_.at(sequence).length;
 }
 
-size_t Decoder::bytes_per_token() const {
+bool Decoder::is_sparse(const Layer& layer) const {
+    return shape_.activation == Gate::kRelu2 && dynamic_cast<const RowLinear*>(layer.up.get()) &&
+           dynamic_cast<const ColumnLinear*>(layer.down.get());
+}
+
+size_t Decoder::ffn_bytes() const {
+    size_t bytes = 0;
+    for (const Layer& layer : layers_)
+        for (const LinearPtr& l : {layer.gate, layer.up, layer.down}) bytes += l->bytes();
+    return bytes;
+}
+
+double Decoder::ffn_bytes_per_token() const {
+    const Density used = density();
+    double bytes = static_cast<double>(ffn_bytes());
+    for (const Layer& layer : layers_)
+        if (is_sparse(layer))
+            bytes -= (1.0 - used.up) * static_cast<double>(layer.up->bytes()) +
+                     (1.0 - used.down) * static_cast<double>(layer.down->bytes());
+    return bytes;
+}
+
+double Decoder::bytes_per_token() const {
     size_t bytes = embedding_->row_bytes() + head_->bytes() + final_norm_.size() * sizeof(float);
     for (const Layer& layer : layers_) {
-        for (const LinearPtr& l : {layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down})
-            bytes += l->bytes();
+        for (const LinearPtr& l : {layer.q, layer.k, layer.v, layer.o}) bytes += l->bytes();
         const OwnNorms& own = layer.own;
         for (const Norm* n :
              {&layer.input_norm, &layer.post_attention_norm, &layer.attn_sub_norm, &layer.ffn_sub_norm, &layer.q_norm,
               &layer.k_norm, &own.q, &own.k, &own.v, &own.o, &own.gate, &own.up, &own.down})
             bytes += n->size() * sizeof(float);
     }
-    return bytes;
+    return static_cast<double>(bytes) + ffn_bytes_per_token();
 }
 
 void Decoder::require_valid(const std::vector<Job>& jobs) const {
@@ -217,17 +254,12 @@ void Decoder::step(const std::vector<Job>& jobs) {
 // the work is cut differently: by tokens around the norms, by rows in the linears, by heads in attention.
 void Decoder::run_layer(Team& team, int index, int n, Workspace& w) {
     const Layer& layer = layers_[static_cast<size_t>(index)];
-    const HeadShape& heads = shape_.heads;
     const Kernels& kernels = runner_->kernels;
-    const VectorKernels& vectors = *kernels.vectors;
-    const ptrdiff_t hidden = shape_.hidden_size, q_size = heads.heads * heads.head_dim,
-                    kv_size = heads.kv_heads * heads.head_dim, inner = shape_.intermediate_size;
+    const ptrdiff_t hidden = shape_.hidden_size;
     const Range mine = team.share(n);
     Linear::Scratch& scratch = w.scratch[static_cast<size_t>(team.rank)];
-    auto apply = [&](const LinearPtr& linear, const Activations& x, float* out, ptrdiff_t stride, Linear::Write write) {
-        Chunks chunks(team, linear->rows(), kChunkRows);
-        for (Range rows = chunks.next(); !rows.empty(); rows = chunks.next())
-            linear->apply(rows, x, n, out, stride, write, scratch);
+    auto apply = [&](const LinearPtr& linear, const Activations& x, float* out, Linear::Write write) {
+        deal_out(team, *linear, x, n, out, write, scratch);
     };
 
     for (int t = mine.begin; t < mine.end; ++t) {
@@ -235,9 +267,9 @@ void Decoder::run_layer(Team& team, int index, int n, Workspace& w) {
         quantize_inputs(t, {&layer.own.q, &layer.own.k, &layer.own.v}, w);
     }
     team.barrier();
-    apply(layer.q, w.input(layer.own.q, 0), w.q.data(), q_size, Linear::Write::kStore);
-    apply(layer.k, w.input(layer.own.k, 1), w.k.data(), kv_size, Linear::Write::kStore);
-    apply(layer.v, w.input(layer.own.v, 2), w.v.data(), kv_size, Linear::Write::kStore);
+    apply(layer.q, w.input(layer.own.q, 0), w.q.data(), Linear::Write::kStore);
+    apply(layer.k, w.input(layer.own.k, 1), w.k.data(), Linear::Write::kStore);
+    apply(layer.v, w.input(layer.own.v, 2), w.v.data(), Linear::Write::kStore);
     team.barrier();
     const HeadNorms head_norms{layer.q_norm.empty() ? nullptr : layer.q_norm.data(),
                                layer.k_norm.empty() ? nullptr : layer.k_norm.data(), shape_.rms_norm_eps};
@@ -250,7 +282,7 @@ void Decoder::run_layer(Team& team, int index, int n, Workspace& w) {
         w.attended.quantize(t, kernels);
     }
     team.barrier();
-    apply(layer.o, w.attended, w.hidden.data(), hidden, Linear::Write::kAdd);
+    apply(layer.o, w.attended, w.hidden.data(), Linear::Write::kAdd);
     team.barrier();
 
     for (int t = mine.begin; t < mine.end; ++t) {
@@ -258,9 +290,25 @@ void Decoder::run_layer(Team& team, int index, int n, Workspace& w) {
         quantize_inputs(t, {&layer.own.gate, &layer.own.up}, w);
     }
     team.barrier();
+    run_ffn(team, index, n, w);
+}
+
+void Decoder::run_ffn(Team& team, int index, int n, Workspace& w) {
+    const Layer& layer = layers_[static_cast<size_t>(index)];
     const Activations &gate_input = w.input(layer.own.gate, 0), &up_input = w.input(layer.own.up, 1);
-    const auto activate = shape_.activation == Gate::kSilu ? vectors.silu_gate : vectors.relu2_gate;
-    Chunks chunks(team, static_cast<int>(inner), kChunkRows);
+    if (n <= kLineTokens && is_sparse(layer)) {
+        const SparseLayer sparse{*layer.gate, dynamic_cast<const RowLinear&>(*layer.up),
+                                 dynamic_cast<const ColumnLinear&>(*layer.down),
+                                 [&](float* row) { norm_in_place(row, layer.ffn_sub_norm, layer.own.down); }};
+        return sparse_ffn_.run(team, index, sparse,
+                               {n, gate_input, up_input, w.gated, w.up.data(), w.hidden.data(), w.scratch});
+    }
+    const ptrdiff_t inner = shape_.intermediate_size;
+    const Range mine = team.share(n);
+    Linear::Scratch& scratch = w.scratch[static_cast<size_t>(team.rank)];
+    const Kernels& kernels = runner_->kernels;
+    const auto activate = shape_.activation == Gate::kSilu ? kernels.vectors->silu_gate : kernels.vectors->relu2_gate;
+    Chunks chunks(team, static_cast<int>(inner), layer.gate->rows_together());
     for (Range rows = chunks.next(); !rows.empty(); rows = chunks.next()) {
         layer.gate->apply(rows, gate_input, n, w.gated.row(0), w.gated.stride(), Linear::Write::kStore, scratch);
         layer.up->apply(rows, up_input, n, w.up.data(), inner, Linear::Write::kStore, scratch);
@@ -273,7 +321,7 @@ void Decoder::run_layer(Team& team, int index, int n, Workspace& w) {
         w.gated.quantize(t, kernels);
     }
     team.barrier();
-    apply(layer.down, w.gated, w.hidden.data(), hidden, Linear::Write::kAdd);
+    deal_out(team, *layer.down, w.gated, n, w.hidden.data(), Linear::Write::kAdd, scratch);
     team.barrier();
 }
 

@@ -16,18 +16,20 @@
 #include "kv_pages.h"
 #include "linear.h"
 #include "row_table.h"
+#include "sparse_ffn.h"
 #include "threads.h"
 
 namespace tritkit {
 
 /// The threads, the memory and the kernels that everything of one engine uses.
 struct Runner {
-    /// ternary: "t16_2", "t16_3" or "", the faster one. Throws std::invalid_argument.
+    /// ternary: "t16_2", "t16_3", "l64_3" (lines where something may be skipped) or "", the fastest. Throws
+    /// std::invalid_argument.
     Runner(int threads, const std::string& isa, const std::string& ternary = "");
     Pool pool;
     Arena arena;
     const Kernels& kernels;
-    Runtime ternary;  // where ternary codes go
+    TernaryLayout ternary;
 };
 
 enum class Gate { kSilu, kRelu2 };
@@ -72,7 +74,7 @@ struct Job {
 class Decoder {
  public:
     Decoder(std::shared_ptr<Runner> runner, const DecoderShape& shape, RowsPtr embedding, std::vector<Layer> layers,
-            Norm final_norm, HeadPtr head, int kv_bits);
+            Norm final_norm, HeadPtr head, int kv_bits, const Density* forced = nullptr);
 
     int create();
     int fork(int sequence);
@@ -84,8 +86,13 @@ class Decoder {
     void step(const std::vector<Job>& jobs);
 
     const DecoderShape& shape() const { return shape_; }
-    /// Bytes of weights that one decoded token reads.
-    size_t bytes_per_token() const;
+    /// Bytes of weights that one decoded token reads, on average since the beginning; of those, gate, up and down.
+    double bytes_per_token() const;
+    double ffn_bytes_per_token() const;
+    /// What they would be if nothing was skipped.
+    size_t ffn_bytes() const;
+    /// Shares that were read of up's rows and of down's columns.
+    Density density() const { return sparse_ffn_.density(); }
     /// Bytes of keys and values that one position of a sequence takes, and that each later token reads.
     double kv_bytes_per_position() const { return pages_.bytes_per_position(); }
     int kv_bits() const { return pages_.layout().bits; }
@@ -98,6 +105,8 @@ class Decoder {
     std::vector<Token> place(const std::vector<Job>& jobs);
     Workspace& workspace(int tokens);
     void run_layer(Team& team, int layer, int tokens, Workspace& w);
+    bool is_sparse(const Layer& layer) const;
+    void run_ffn(Team& team, int layer, int tokens, Workspace& w);
     void norm(const float* x, const Norm& weight, float* out) const;
     void norm_in_place(float* x, const Norm& sub_norm, const Norm& own_norm) const;
     void quantize_inputs(int token, std::initializer_list<const Norm*> own_norms, Workspace& w) const;
@@ -113,6 +122,7 @@ class Decoder {
     HeadPtr head_;
     KvPages pages_;
     Attention attention_;
+    SparseFfn sparse_ffn_;
     std::shared_ptr<Workspace> workspace_;
     mutable ForkSafeMutex mutex_;  // one call at a time
 };

@@ -43,6 +43,8 @@ void inherit(Kernels& to, const Kernels& from) {
 
     fill(to.quantize_groups, from.quantize_groups);
     fill(to.matmul_groups, from.matmul_groups);
+
+    fill(to.lines, from.lines);
 }
 
 const std::vector<Kernels>& available() {

@@ -281,6 +281,8 @@ const Kernels kAvx2 = {
 
     quantize_groups,
     matmul_groups<GroupV>,
+
+    nullptr,
 };
 
 }  // namespace tritkit

@@ -25,6 +25,8 @@ bool supported() {
 
 constexpr int kAhead = 2048;  // bytes from the load to the prefetch, in each of the streams
 
+alignas(64) constexpr int32_t kCount[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
 ISA_BEGIN("avx512f,avx512bw,avx512vl,avx512vnni")
 
 /// A block of a tile in one register; tile_kernels.h says what each of these is for.
@@ -32,7 +34,7 @@ struct V {
     using Bytes = __m512i;
     using Ints = __m512i;
     static constexpr int kBytes = 64, kStreams = 4, kFewTokens = 4, kFewTiles = 4, kGroupTokens = 8, kGroupTiles = 2,
-                         kPanelTokens = 6, kPanelTiles = 4,
+                         kPanelTokens = 6, kPanelTiles = 4, kRowTokens = 8,
                          kPanelFrom = 1 << 30;  // never: taking the codes out for every 8 tokens costs nothing visible
     static constexpr bool kUnsignedDot = true, kByteShifts = false;
     template <int largest>
@@ -81,6 +83,25 @@ struct V {
     TRITKIT_INLINE __m512i shift_right32(__m512i v, int n) { return _mm512_sra_epi32(v, _mm_cvtsi32_si128(n)); }
     TRITKIT_INLINE __m512i load32(const int32_t* p) { return _mm512_loadu_si512(p); }
     TRITKIT_INLINE void store(int32_t* p, __m512i v) { _mm512_storeu_si512(p, v); }
+
+    // --- For lines: line_kernels.h.
+    /// The sum of all elements of each of four vectors.
+    TRITKIT_INLINE void sum4(const __m512i (&v)[4], int32_t* out) {
+        const __m512i a = _mm512_add_epi32(_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[0], v[1]));
+        const __m512i b = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2], v[3]), _mm512_unpackhi_epi32(v[2], v[3]));
+        const __m512i lanes = _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+        const __m256i two = _mm256_add_epi32(_mm512_castsi512_si256(lanes), _mm512_extracti64x4_epi64(lanes, 1));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out),
+                         _mm_add_epi32(_mm256_castsi256_si128(two), _mm256_extracti128_si256(two, 1)));
+    }
+    /// Bytes of four vectors in turn, within 128-bit lanes: the low or the high half of each lane.
+    template <bool high>
+    TRITKIT_INLINE void interleave(const __m512i (&v)[4], __m512i& first, __m512i& second) {
+        const __m512i a = high ? _mm512_unpackhi_epi8(v[0], v[1]) : _mm512_unpacklo_epi8(v[0], v[1]);
+        const __m512i b = high ? _mm512_unpackhi_epi8(v[2], v[3]) : _mm512_unpacklo_epi8(v[2], v[3]);
+        first = _mm512_unpacklo_epi16(a, b);
+        second = _mm512_unpackhi_epi16(a, b);
+    }
 
     // --- For grouped weights: group_kernels.h says what each of these is for.
     using Floats = __m512;
@@ -172,6 +193,33 @@ void quantize_groups(const float* x, int columns, ActivationStrip* strips) {
 }
 
 #include "group_kernels.h"
+#include "line_kernels.h"
+
+int list_above(const float* x, int n, float above, int first, int32_t* list) {
+    int count = 0;
+    for (int i = 0; i < n; i += 16) {
+        const __mmask16 there = first_lanes(n - i);
+        const __m512 v = _mm512_maskz_loadu_ps(there, x + i);
+        const __mmask16 active = _mm512_mask_cmp_ps_mask(there, v, _mm512_set1_ps(above), _CMP_GT_OQ);
+        const __m512i index = _mm512_add_epi32(_mm512_set1_epi32(first + i), _mm512_loadu_si512(kCount));
+        _mm512_storeu_si512(list + count, _mm512_maskz_compress_epi32(active, index));
+        count += __builtin_popcount(active);
+    }
+    return count;
+}
+
+int list_nonzero(const int8_t* codes, int n, int32_t* list) {
+    int count = 0;
+    for (int i = 0; i < n; i += 16) {
+        const __mmask16 there = first_lanes(n - i);
+        const __m128i v = _mm_maskz_loadu_epi8(there, codes + i);
+        const __mmask16 active = _mm_test_epi8_mask(v, v);
+        const __m512i index = _mm512_add_epi32(_mm512_set1_epi32(i), _mm512_loadu_si512(kCount));
+        _mm512_storeu_si512(list + count, _mm512_maskz_compress_epi32(active, index));
+        count += __builtin_popcount(active);
+    }
+    return count;
+}
 
 struct F32 {
     using Element = float;
@@ -294,6 +342,8 @@ ISA_END
 }  // namespace
 
 extern const VectorKernels kAvx512Vectors;
+constexpr LineKernels kLines = {true, multiply_rows<V>, add_columns<V>, multiply_columns<V>, list_above, list_nonzero};
+
 extern const Kernels kAvx512;
 const Kernels kAvx512 = {
     "avx512",
@@ -311,6 +361,8 @@ const Kernels kAvx512 = {
 
     quantize_groups,
     matmul_groups<V>,
+
+    &kLines,
 };
 
 }  // namespace tritkit

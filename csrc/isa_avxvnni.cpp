@@ -88,6 +88,8 @@ const Kernels kAvxVnni = {
 
     nullptr,
     matmul_groups<V>,
+
+    nullptr,
 };
 
 }  // namespace tritkit

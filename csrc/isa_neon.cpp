@@ -333,6 +333,8 @@ const Kernels kNeon = {
 
     quantize_groups,
     matmul_groups<V>,
+
+    nullptr,
 };
 
 }  // namespace tritkit

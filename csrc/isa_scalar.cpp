@@ -226,6 +226,52 @@ void matmul_groups(const GroupProduct& p) {
                                 p.out + t * p.out_stride + (tile - p.tile_begin) * kTileRows);
 }
 
+// --- Lines.
+
+void multiply_rows(const LineProduct& p) {
+    for (int t = 0; t < p.tokens; ++t) {
+        for (int i = 0; i < p.count; ++i) {
+            const uint8_t* w = p.weights + p.list[i] * p.stride;
+            int32_t sum = -p.sums[t];
+            for (int k = 0; k < p.lines * kLineEntries; ++k)
+                sum +=
+                    trit_of(w[k / kLineEntries * 64 + k % 64], k % kLineEntries / 64) * p.codes[t * p.code_stride + k];
+            p.out[t * p.out_stride + i] = sum;
+        }
+    }
+}
+
+void add_columns(const LineProduct& p) {
+    auto column = [&](int i) { return p.list ? p.list[i] : i; };
+    for (int t = 0; t < p.tokens; ++t) {
+        for (int r = 0; r < p.lines * kLineEntries; ++r) {
+            int32_t sum = 0;
+            for (int i = 0; i < p.count; ++i) {
+                const uint8_t* line = p.weights + column(i) * p.stride + r / kLineEntries * 64;
+                sum += (trit_of(line[column_byte(r % 64)], r % kLineEntries / 64) - 1) *
+                       p.codes[t * p.code_stride + column(i)];
+            }
+            p.out[t * p.out_stride + r] = sum;
+        }
+    }
+}
+
+int list_above(const float* x, int n, float above, int first, int32_t* list) {
+    int count = 0;
+    for (int i = 0; i < n; ++i)
+        if (x[i] > above) list[count++] = first + i;
+    return count;
+}
+
+int list_nonzero(const int8_t* codes, int n, int32_t* list) {
+    int count = 0;
+    for (int i = 0; i < n; ++i)
+        if (codes[i]) list[count++] = i;
+    return count;
+}
+
+constexpr LineKernels kLines = {false, multiply_rows, add_columns, add_columns, list_above, list_nonzero};
+
 bool supported() { return true; }
 
 }  // namespace
@@ -249,6 +295,8 @@ const Kernels kScalar = {
 
     quantize_groups,
     matmul_groups,
+
+    &kLines,
 };
 
 }  // namespace tritkit

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "group_layout.h"
+#include "line_table.h"
 #include "vector_table.h"
 
 namespace tritkit {
@@ -43,8 +44,9 @@ inline int blocks_of(TileLayout layout, int columns) {
     return (columns + facts(layout).columns - 1) / facts(layout).columns;
 }
 
-/// Bytes from one row of int8 activation codes to the next: every layout may read to the end of its last block.
-inline ptrdiff_t code_stride(int columns) { return (static_cast<ptrdiff_t>(columns) + 31 + 63) / 64 * 64; }
+/// Bytes from one row of int8 activation codes to the next: every layout may read to the end of its last block, or
+/// line.
+inline ptrdiff_t code_stride(int columns) { return ptrdiff_t{lines_of(columns)} * kLineEntries; }
 
 /// Exact integer products of some tiles with some tokens: out[t][r - 16 * tile_begin] = (or +=)
 /// sum over k of (2^shift * code[r][k] - offset) * x[t][k].
@@ -111,6 +113,8 @@ struct Kernels {
     void (*quantize_groups)(const float* x, int columns, ActivationStrip* strips);
 
     void (*matmul_groups)(const GroupProduct&);
+
+    const LineKernels* lines;
 };
 
 /// Names of the instruction sets that this CPU can run, slowest first.

@@ -5,7 +5,6 @@
 #include <stdexcept>
 
 #include "floats.h"
-#include "grouped.h"
 
 namespace tritkit {
 namespace {
@@ -41,6 +40,17 @@ ActivationFormat activation_format(const std::string& name) {
     if (name == "a8_q128") return ActivationFormat::kA8Q128;
     if (name == "a8_g32") return ActivationFormat::kA8G32;
     throw std::invalid_argument("activations is '" + name + "', expected a8, a8_q128, a8_g32 or None");
+}
+
+ActivationFormat integer_format(const Stored& source, const std::string& name) {
+    const ActivationFormat format = activation_format(name);
+    if (format != ActivationFormat::kA8 && format != ActivationFormat::kA8Q128)
+        throw std::invalid_argument("activations is " + (name.empty() ? "None" : "'" + name + "'") + " for layout " +
+                                    source.layout.name + ", expected a8 or a8_q128");
+    if (source.columns > kMaxColumns)
+        throw std::invalid_argument("there are " + std::to_string(source.columns) + " columns, more than the " +
+                                    std::to_string(kMaxColumns) + " whose products are sure to fit 32 bits");
+    return format;
 }
 
 Activations::Activations(int tokens, int columns)
@@ -92,16 +102,10 @@ ptrdiff_t Linear::waiting_sums(int tokens, int threads) const {
 
 TileLinear::TileLinear(const Stored& source, Runtime runtime, float scale, const std::string& activations,
                        const float* bias, Pool& pool, Arena& arena, const Kernels& kernels)
-    : Linear(source.rows, source.columns, activation_format(activations), bias),
+    : Linear(source.rows, source.columns, integer_format(source, activations), bias),
       offset_(1),  // ternary: code - 1; binary: 2 * code - 1
       scale_(scale),
       kernels_(&kernels) {
-    if (activations_ != ActivationFormat::kA8 && activations_ != ActivationFormat::kA8Q128)
-        throw std::invalid_argument("activations is " + (activations.empty() ? "None" : "'" + activations + "'") +
-                                    " for layout " + source.layout.name + ", expected a8 or a8_q128");
-    if (columns_ > kMaxColumns)
-        throw std::invalid_argument("there are " + std::to_string(columns_) + " columns, more than the " +
-                                    std::to_string(kMaxColumns) + " whose products are sure to fit 32 bits");
     planes_.push_back(
         {tile_layout(runtime), runtime == Runtime::kBinary ? 1 : 0, repack(source, runtime, scale, pool, arena)});
 }
@@ -224,44 +228,6 @@ void FloatLinear::apply(Range mine, const Activations& x, int tokens, float* out
             float_product(rows, x.rows(), x.stride(), tokens, scratch.floats.data(), stride);
         },
         [=](int t, int r, ptrdiff_t stride) { return sums[t * stride + r]; }, [&](int) { return scale_; });
-}
-
-namespace {
-
-Runtime runtime_of(const Stored& source, Runtime ternary) {
-    return source.layout.runtime == Runtime::kTernary ? ternary : source.layout.runtime;
-}
-
-/// Whether blocks run as such; the ternary ones may also run as a matrix with one scale.
-bool runs_in_groups(const SourceLayout& layout, const std::string& activations) {
-    const bool groups = activations == "a8_g32" && layout.blocks;
-    if (layout.runtime == Runtime::kGroups && !groups)
-        throw std::invalid_argument("activations is " + (activations.empty() ? "None" : "'" + activations + "'") +
-                                    " for layout " + layout.name + ", expected a8_g32");
-    return groups;
-}
-
-}  // namespace
-
-std::shared_ptr<Linear> make_linear(const Stored& source, Runtime ternary, float scale, const std::string& activations,
-                                    const float* bias, Pool& pool, Arena& arena, const Kernels& kernels) {
-    if (runs_in_groups(source.layout, activations))
-        return std::make_shared<GroupedLinear>(BlockSource(source), scale, bias, pool, arena, kernels);
-    if (!is_float(source.layout.runtime))
-        return std::make_shared<TileLinear>(source, runtime_of(source, ternary), scale, activations, bias, pool, arena,
-                                            kernels);
-    if (!activations.empty())
-        throw std::invalid_argument("activations is '" + activations + "' for layout " + source.layout.name +
-                                    ", expected None");
-    return std::make_shared<FloatLinear>(source, scale, bias, pool, arena, kernels);
-}
-
-int64_t needed_bytes(const Stored& source, Runtime ternary, const std::string& activations) {
-    if (runs_in_groups(source.layout, activations))
-        return GroupedLinear::needed_bytes(source.rows, group_layout(*source.layout.blocks, source.columns));
-    if (runs_in_place(source.layout, source.bytes.data(), source.columns)) return 0;
-    const int64_t tiles = (source.rows + kTileRows - 1) / kTileRows;
-    return tiles * tile_bytes(runtime_of(source, ternary), source.columns);
 }
 
 }  // namespace tritkit

@@ -24,6 +24,8 @@ constexpr int code_rows(ActivationFormat format) { return format == ActivationFo
 
 /// "a8", "a8_q128", "a8_g32", or "" for float. Throws std::invalid_argument.
 ActivationFormat activation_format(const std::string& name);
+/// The same for a matrix whose products are sums of integers over whole rows; not every format fits one.
+ActivationFormat integer_format(const Stored& source, const std::string& name);
 
 /// The inputs of one or several linears: rows of floats, and their int8 codes in the formats that were asked for.
 class Activations {
@@ -60,7 +62,7 @@ class Activations {
 };
 
 // The sums of this many rows wait in cache for their scale. One token has few, so all its rows go in one stream.
-constexpr int kPanelRows = 256;
+constexpr int kPanelRows = kLineEntries;
 constexpr int kFewTokens = 4;
 
 /// A matrix of the model, y = W x + bias, in one of its forms.
@@ -75,6 +77,9 @@ class Linear {
     virtual size_t bytes() const = 0;
     /// What the kernels read: "t16_3", "bf16", ...
     virtual std::string layout() const = 0;
+
+    /// So many rows are dealt out to threads together.
+    virtual int rows_together() const { return 4 * kTileRows; }  // tiles for four streams
 
     /// The rows that this thread computes: whole tiles.
     Range share(const Team& team) const { return team.share(rows_, kTileRows); }
@@ -160,12 +165,24 @@ class FloatLinear : public Linear {
     const Kernels* kernels_;
 };
 
-/// The form that fits the source; `ternary` says where ternary codes go. Throws std::invalid_argument.
-std::shared_ptr<Linear> make_linear(const Stored& source, Runtime ternary, float scale, const std::string& activations,
-                                    const float* bias, Pool& pool, Arena& arena, const Kernels& kernels);
+/// Which part of a product may turn out not to be needed: outputs that are multiplied by zero, inputs that are zero.
+enum class Skip { kNothing, kOutputs, kInputs };
+/// Whether matrices of which something may be skipped go into lines (lines.h): where these are about full, or always.
+enum class Lines { kNever, kWhereFull, kAlways };
+
+/// Where ternary codes go.
+struct TernaryLayout {
+    Runtime tiles = Runtime::kTernary;
+    Lines lines = Lines::kNever;
+};
+
+/// The form that fits the source. Throws std::invalid_argument.
+std::shared_ptr<Linear> make_linear(const Stored& source, TernaryLayout ternary, Skip skip, float scale,
+                                    const std::string& activations, const float* bias, Pool& pool, Arena& arena,
+                                    const Kernels& kernels);
 
 /// What that will allocate.
-int64_t needed_bytes(const Stored& source, Runtime ternary, const std::string& activations);
+int64_t needed_bytes(const Stored& source, TernaryLayout ternary, Skip skip, const std::string& activations);
 
 template <class Product, class Sum, class Scale>
 void Linear::by_panels(Range mine, int tokens, float* out, ptrdiff_t out_stride, Write write, const float* row_scales,

@@ -11,10 +11,6 @@ namespace tritkit {
 namespace {
 
 constexpr int kGroupColumns = 4;  // columns of a group of codes
-// The codes of a panel stay in the first cache: so many columns of four tiles, or four times as many of one tile. Both
-// are a multiple of the columns of every block that they meet.
-constexpr int kPanelColumns = 320;
-constexpr int panel_columns(int together) { return 4 * kPanelColumns / together; }
 
 constexpr int64_t kSliceBytes = int64_t{16}
                                 << 20;  // of a mapped source, between one dropping of its pages and the next

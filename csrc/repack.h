@@ -35,6 +35,11 @@ struct SourcePart {
     ptrdiff_t spacing;  // bytes from the codes of a tile to those of the next
 };
 
+// The codes of a panel stay in the first cache: so many columns of four tiles, or four times as many of one tile. Both
+// are a multiple of the columns of every block that they meet, and of every line.
+constexpr int kPanelColumns = 320;
+constexpr int panel_columns(int together) { return 4 * kPanelColumns / together; }
+
 /// A layout of a file: how many bytes a matrix has there, and how they become codes.
 struct SourceLayout {
     const char* name;

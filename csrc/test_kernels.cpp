@@ -204,6 +204,128 @@ void test_tiles(const char* isa) {
     }
 }
 
+/// The products of lines over random or the largest bytes: rows, some columns, all columns, one after the other.
+std::vector<int32_t> line_product(const char* isa, int lines, int vectors, int tokens, int of_ten, bool extreme) {
+    random_numbers.seed(static_cast<unsigned>(lines * 31 + vectors * 7 + tokens));
+    const ptrdiff_t stride = lines * kBlockBytes, entries = ptrdiff_t{lines} * kLineEntries;
+    const ptrdiff_t columns = code_stride(vectors), room = round_up(vectors, kTileRows);
+    AlignedArray<uint8_t> weights(static_cast<size_t>(vectors * stride));
+    for (size_t i = 0; i < weights.size(); ++i) weights[i] = static_cast<uint8_t>(extreme ? 255 : random_int(0, 255));
+    std::vector<int32_t> list;
+    for (int i = 0; i < vectors; ++i)
+        if (random_int(0, 9) < of_ten) list.push_back(i);
+    auto codes_of = [&](int n, ptrdiff_t code_stride, std::vector<int32_t>& sums) {
+        AlignedArray<int8_t> codes(static_cast<size_t>(tokens * code_stride));
+        for (int t = 0; t < tokens; ++t) {
+            sums.push_back(0);
+            for (int k = 0; k < n; ++k) {
+                const int x = extreme ? (t % 2 ? 127 : -128) : random_int(-128, 127);
+                codes[static_cast<size_t>(t * code_stride + k)] = static_cast<int8_t>(x);
+                sums.back() += x;
+            }
+        }
+        return codes;
+    };
+    std::vector<int32_t> row_sums, column_sums;
+    const AlignedArray<int8_t> for_rows = codes_of(std::min(static_cast<int>(entries), kMaxColumns), entries, row_sums),
+                               for_columns = codes_of(vectors, columns, column_sums);
+    AlignedArray<uint8_t> scratch(static_cast<size_t>(line_scratch(lines, tokens)));
+    std::vector<int32_t> out(static_cast<size_t>(tokens * (room + 2 * entries)), 5);
+    LineProduct p{weights.data(),
+                  stride,
+                  lines,
+                  list.data(),
+                  static_cast<int>(list.size()),
+                  for_rows.data(),
+                  entries,
+                  row_sums.data(),
+                  tokens,
+                  out.data(),
+                  room,
+                  scratch.data()};
+    const LineKernels& kernels = *kernels_for(isa).lines;
+    kernels.multiply_rows(p);
+    p.codes = for_columns.data();
+    p.code_stride = columns;
+    p.sums = column_sums.data();
+    p.out += tokens * room;
+    p.out_stride = entries;
+    if (tokens <= kLineTokens) kernels.add_columns(p);
+    p.list = nullptr;
+    p.count = vectors;
+    p.out += tokens * entries;
+    kernels.multiply_columns(p);
+    return out;
+}
+
+void test_lines(const char* isa) {
+    for (int tokens = 1; tokens <= 20; ++tokens)
+        for (int of_ten : {0, 2, 9, 10}) {
+            const int lines = random_int(1, 3), vectors = random_int(1, 300) * (tokens % 7 ? 1 : 4);
+            expect(line_product(isa, lines, vectors, tokens, of_ten, false) ==
+                       line_product("scalar", lines, vectors, tokens, of_ten, false),
+                   "lines", isa, vectors, lines, tokens);
+        }
+    const int most = lines_of(kMaxColumns);
+    for (int tokens : {1, 3, 5}) {
+        expect(line_product(isa, most, 5, tokens, 10, true) == line_product("scalar", most, 5, tokens, 10, true),
+               "long rows", isa, 5, most, tokens);
+        expect(line_product(isa, 1, kMaxColumns, tokens, 10, true) ==
+                   line_product("scalar", 1, kMaxColumns, tokens, 10, true),
+               "many columns", isa, kMaxColumns, 1, tokens);
+    }
+    for (int n : {1, 15, 16, 100, 1000}) {
+        std::vector<float> x(static_cast<size_t>(n));
+        std::vector<int8_t> codes(x.size());
+        for (float& value : x) value = random_int(0, 9) ? random_float() : NAN;
+        for (int8_t& code : codes) code = static_cast<int8_t>(random_int(0, 1) * random_int(-128, 127));
+        std::vector<int32_t> lists[4];
+        for (int i = 0; i < 4; ++i) {
+            const LineKernels& kernels = *kernels_for(i % 2 ? "scalar" : isa).lines;
+            std::vector<int32_t>& list = lists[i];
+            list.resize(x.size() + 15);
+            list.resize(static_cast<size_t>(i < 2 ? kernels.list_above(x.data(), n, 0.1f, 7, list.data())
+                                                  : kernels.list_nonzero(codes.data(), n, list.data())));
+        }
+        expect(lists[0] == lists[1] && lists[2] == lists[3], "lists", isa, n, 0, 0);
+    }
+}
+
+/// Linears in lines against one in tiles, of every shape and number of tokens.
+void test_line_linears(const char* isa) {
+    Runner runner(2, isa);
+    const SourceLayout& layout = source_layout("hf_bitlinear");
+    for (const auto& [rows, columns] : {std::pair{1, 1}, {16, 40}, {64, 320}, {100, 321}, {320, 100}, {1283, 70}}) {
+        const std::vector<uint8_t> source = random_source(layout, rows, columns, -1);
+        std::vector<float> bias(static_cast<size_t>(rows));
+        for (float& value : bias) value = random_float();
+        auto make = [&](Lines lines, Skip skip) {
+            return make_linear(stored(layout, source, rows, columns), {Runtime::kTernary, lines}, skip, 0.1f, "a8",
+                               bias.data(), runner.pool, runner.arena, runner.kernels);
+        };
+        for (int tokens : {1, 2, 4, 5, 9}) {
+            Activations x(tokens, columns);
+            x.reserve(ActivationFormat::kA8);
+            for (int t = 0; t < tokens; ++t) {
+                for (int k = 0; k < columns; ++k) x.row(t)[k] = random_float();
+                x.quantize(t, runner.kernels);
+            }
+            auto apply = [&](const std::shared_ptr<Linear>& linear) {
+                std::vector<float> out(static_cast<size_t>(tokens * rows), 1.0f);
+                Linear::Scratch scratch;
+                linear->reserve(tokens, 1, scratch);
+                const int cut = rows / 3 / kTileRows * kTileRows;
+                for (Range part : {Range{0, cut}, Range{cut, rows}})
+                    linear->apply(part, x, tokens, out.data(), rows, Linear::Write::kAdd, scratch);
+                return out;
+            };
+            const std::vector<float> expected = apply(make(Lines::kNever, Skip::kNothing));
+            expect(apply(make(Lines::kAlways, Skip::kOutputs)) == expected, "row linear", isa, rows, columns, tokens);
+            expect(apply(make(Lines::kAlways, Skip::kInputs)) == expected, "column linear", isa, rows, columns, tokens);
+        }
+    }
+}
+
 void test_quantize(const char* isa) {
     for (int columns : {1, 5, 16, 17, 31, 200, 2560}) {
         for (float size : {1e-9f, 1.0f, 1e6f, NAN, INFINITY}) {
@@ -599,14 +721,15 @@ void test_attention() {
 }
 
 /// Two layers of ternary weights, sub-norms and a table of float rows that is also the head.
-std::unique_ptr<Decoder> small_decoder(int threads, const char* isa, const std::vector<uint8_t>& table) {
+std::unique_ptr<Decoder> small_decoder(int threads, const char* isa, const std::vector<uint8_t>& table,
+                                       const char* ternary = "") {
     constexpr int kVocab = 100, kHidden = 48, kInner = 80;
     random_numbers.seed(7);
-    auto runner = std::make_shared<Runner>(threads, isa);
-    auto linear = [&](int rows, int columns) {
+    auto runner = std::make_shared<Runner>(threads, isa, ternary);
+    auto linear = [&](int rows, int columns, Skip skip = Skip::kNothing) {
         const std::vector<uint8_t> source = random_source(source_layout("hf_bitlinear"), rows, columns, -1);
-        return make_linear(stored(source_layout("hf_bitlinear"), source, rows, columns), runner->ternary, 0.05f, "a8",
-                           nullptr, runner->pool, runner->arena, runner->kernels);
+        return make_linear(stored(source_layout("hf_bitlinear"), source, rows, columns), runner->ternary, skip, 0.05f,
+                           "a8", nullptr, runner->pool, runner->arena, runner->kernels);
     };
     const DecoderShape shape{kVocab, kHidden, kInner, {4, 2, 12}, rotary(12), 1e-5f, Gate::kRelu2, 400};
     std::vector<Layer> layers;
@@ -616,8 +739,8 @@ std::unique_ptr<Decoder> small_decoder(int threads, const char* isa, const std::
                           linear(24, kHidden),
                           linear(kHidden, 48),
                           linear(kInner, kHidden),
-                          linear(kInner, kHidden),
-                          linear(kHidden, kInner),
+                          linear(kInner, kHidden, Skip::kOutputs),
+                          linear(kHidden, kInner, Skip::kInputs),
                           Norm(kHidden, 1.0f),
                           Norm(kHidden, 0.9f),
                           Norm(48, 1.1f),
@@ -647,14 +770,31 @@ std::vector<float> run_decoder(Decoder& decoder) {
     return logits;
 }
 
-/// However many threads a decoder has, and however many use it, the numbers are the same.
-void test_decoder(const char* isa) {
+std::vector<uint8_t> random_table() {
     std::vector<uint8_t> table(4 * 100 * 48);
     random_numbers.seed(3);
     for (size_t i = 0; i < table.size(); i += 4) {
         const float value = random_float();
         std::memcpy(table.data() + i, &value, 4);
     }
+    return table;
+}
+
+/// What a decoder does not read changes nothing.
+void test_sparse_decoder(const char* isa) {
+    const std::vector<uint8_t> table = random_table();
+    const std::vector<float> expected = run_decoder(*small_decoder(1, isa, table, "t16_2"));
+    for (int threads : {1, 3}) {
+        const auto decoder = small_decoder(threads, isa, table, "l64_3");
+        expect(run_decoder(*decoder) == expected, "sparse decoder", isa, threads, 0, 90);
+        expect(decoder->density().up < 0.7 && decoder->density().down <= decoder->density().up, "density", isa, threads,
+               0, 90);
+    }
+}
+
+/// However many threads a decoder has, and however many use it, the numbers are the same.
+void test_decoder(const char* isa) {
+    const std::vector<uint8_t> table = random_table();
     const std::vector<float> expected = run_decoder(*small_decoder(1, isa, table));
     for (int threads : {2, 3}) {
         const auto decoder = small_decoder(threads, isa, table), other = small_decoder(threads, isa, table);
@@ -745,6 +885,8 @@ int main() {
     for (const std::string& isa : available_isas()) {
         test_integers(isa.c_str());
         test_tiles(isa.c_str());
+        test_lines(isa.c_str());
+        test_line_linears(isa.c_str());
         test_quantize(isa.c_str());
         test_groups(isa.c_str());
         test_blocks(isa.c_str());
@@ -753,6 +895,7 @@ int main() {
         test_exp(isa.c_str());
         test_machine(isa.c_str());
         test_decoder(isa.c_str());
+        test_sparse_decoder(isa.c_str());
         std::printf("%s: done\n", isa.c_str());
     }
     std::printf("%d failures\n", failures);

@@ -203,6 +203,19 @@ def test_a_shape_from_end_to_end(capsys):
     assert found["decode_samples"] >= 1 and found["peak_rss_mib"] < 400  # the reader's 512 MiB are not ours
 
 
+def test_densities_beside_the_dense_layout(capsys):
+    arguments = ["--shape", "bitnet-tiny", "--prompt", "8", "--tokens", "40", "--repeat", "1", "--threads", "1"]
+    found = bench(capsys, *arguments, "--density", "50,50", "--density", "20,10")
+    assert len(found["others"]) == 2 and "l64" not in found["others"][-1]["layout"]
+    for row, (up, down) in zip(found["densities"], [(0.5, 0.5), (0.2, 0.1)], strict=True):
+        assert row["up"] == pytest.approx(up, abs=0.05) and row["down"] == pytest.approx(down, abs=0.05)
+        assert row["ideal"] > 1 and row["ffn_share"] < 1
+    assert "DOWN" in refused(capsys, "--shape", "bitnet-tiny", "--density", "10,20")
+    assert "cannot be used with --batch" in refused(
+        capsys, "--shape", "bitnet-tiny", "--density", "5,5", "--batch", "2"
+    )
+
+
 def test_a_model_folder_is_recorded(capsys, make_folder):
     folder = make_folder("b158")
     sizes = ["--tokens", "4", "--repeat", "1"]

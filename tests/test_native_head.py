@@ -85,7 +85,7 @@ def test_refused(weights, make_folder):
         NativeEngine(weights, head="int5")
     with pytest.raises(ValueError, match="the torch engine keeps the output head as it is"):
         tritkit.load(make_folder("b158"), "torch", head="int8")
-    with pytest.raises(ValueError, match="layout is 't16_9', expected t16_2, t16_3 or None"):
+    with pytest.raises(ValueError, match="layout is 't16_9', expected t16_2, t16_3, l64_3 or None"):
         NativeEngine(weights, layout="t16_9")
 
 

@@ -87,8 +87,8 @@ def print_metrics(title: str, metrics: dict[str, Any]) -> None:
     _screen().print(table)
 
 
-def print_bench(title: str, rows: list[dict[str, Any]], machine: Machine) -> None:
-    """One line an engine, and below them what the machine can do."""
+def print_bench(title: str, rows: list[dict[str, Any]], machine: Machine, against: str | None = None) -> None:
+    """One line an engine, and below them what the machine can do. against: the last line is that peer's."""
     tests = ("decode", "prefill")
     table = Table(title=title, title_justify="left")
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -118,7 +118,9 @@ def print_bench(title: str, rows: list[dict[str, Any]], machine: Machine) -> Non
         soft_wrap=True,
         highlight=False,
     )
-    if len(rows) > 1:
+    if len(rows) > 1 and against is None:
+        screen.print(_densities(rows))
+    if against is not None:
         *ours, theirs = rows
         for row in ours:
             decode, prefill = (row[f"{test}_tok_s"] / theirs[f"{test}_tok_s"] for test in tests)
@@ -132,6 +134,20 @@ def print_bench(title: str, rows: list[dict[str, Any]], machine: Machine) -> Non
     if slow:
         kept = f"; {counted} of them count, for want of better ones" if counted else "; they do not count"
         screen.print(f"The machine was busy in {slow} samples{kept}.", soft_wrap=True, highlight=False)
+
+
+def _densities(rows: list[dict[str, Any]]) -> Table:
+    """Rows with forced densities beside the last one, which reads everything."""
+    from .speed.bench import beside_dense
+
+    table = Table(title="what a ReLU² gate makes zero is not read", title_justify="left")
+    for name in ("up's rows", "down's columns", "FFN MB", "of dense", "decode tok/s", "times dense", "ideal by bytes"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        r = beside_dense(row, rows[-1])
+        shares = (_share(r["up"]), _share(r["down"]), f"{r['ffn_bytes'] / 1e6:.1f}", _share(r["ffn_share"]))
+        table.add_row(*shares, f"{r['decode_tok_s']:.2f}", f"{r['times']:.3f}", f"{r['ideal']:.3f}")
+    return table
 
 
 def _or_dash(value: float | None, write: Callable[[float], str]) -> str:

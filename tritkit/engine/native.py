@@ -39,7 +39,11 @@ class NativeEngine:
     are exact where they could be the highest and those of 4 bits with a scale a row elsewhere, which suits greedy
     decoding; "all" and "nll" are exact.
 
-    layout: of ternary weights, t16_2 or t16_3 (None: the one that is faster with these kernels).
+    layout: of ternary weights: t16_2; t16_3; l64_3, where what a ReLU^2 gate makes zero is not read, and t16_3 or t16_2
+    elsewhere (None: what is fastest with these kernels and this shape). The results are the same, bit for bit.
+
+    density: to measure speed, makes the l64_3 layout read these shares of up's rows and of down's columns, whatever the
+    gate says; the logits then mean nothing.
 
     Codes are copied into the layout that the kernels read. Floats are read where they lie, the embedding always and
     linears where their rows are whole vectors; so their arrays must stay as they are while the engine lives. The pages
@@ -60,6 +64,7 @@ class NativeEngine:
         kv_bits: int = 16,
         head: str | None = None,
         layout: str | None = None,
+        density: tuple[float, float] | None = None,
     ):
         check(weights)
         cores = usable_cores()
@@ -77,7 +82,8 @@ class NativeEngine:
         self.context_length = weights.shape.context_length
         self.isa: str = runner.isa
         self.threads: int = runner.threads
-        layers = [_layer(runner, f"layers[{i}]", layer) for i, layer in enumerate(weights.layers)]
+        skips = _skips(weights)
+        layers = [_layer(runner, f"layers[{i}]", layer, skips) for i, layer in enumerate(weights.layers)]
         tied = weights.head is None
         output = weights.embedding if weights.head is None else weights.head
         blocks = output.layout in BLOCKS
@@ -95,6 +101,7 @@ class NativeEngine:
             np.ascontiguousarray(weights.final_norm),
             built_head,
             kv_bits,
+            density,
         )
         self.kv_bits: int = self._decoder.kv_bits
 
@@ -116,8 +123,18 @@ class NativeEngine:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of weights, in the layouts of the kernels, that decoding one token reads."""
-        return self._decoder.bytes_per_token
+        """Bytes of weights, in the layouts of the kernels, that decoding one token reads, on average so far."""
+        return round(self._decoder.bytes_per_token)
+
+    @property
+    def density(self) -> tuple[float, float]:
+        """Shares of up's rows and of down's columns that decoding has read, on average so far."""
+        return self._decoder.density
+
+    @property
+    def ffn_bytes(self) -> tuple[int, int]:
+        """Bytes of gate, up and down that decoding one token reads, on average so far, and that there are."""
+        return round(self._decoder.ffn_bytes_per_token), self._decoder.ffn_bytes
 
     @property
     def rescored_rows(self) -> float:
@@ -164,8 +181,16 @@ class NativeEngine:
         return [None if not parts else parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in results]
 
 
-def _layer(runner: _native.Runner, name: str, layer: LayerWeights) -> dict:
-    built = {linear: _linear(runner, f"{name}.{linear}", getattr(layer, linear)) for linear in LINEARS}
+def _skips(weights: DecoderWeights) -> dict[str, str]:
+    """What need not be computed: with ReLU^2, rows of up that are multiplied by 0 and columns of down in front of 0."""
+    return {"up": "outputs", "down": "inputs"} if weights.shape.activation == "relu2" else {}
+
+
+def _layer(runner: _native.Runner, name: str, layer: LayerWeights, skips: dict[str, str]) -> dict:
+    built = {
+        linear: _linear(runner, f"{name}.{linear}", getattr(layer, linear), skips.get(linear, "nothing"))
+        for linear in LINEARS
+    }
     norms = {norm: getattr(layer, norm) for norm in NORMS}
     norms |= {f"{linear}_own_norm": getattr(layer, linear).norm for linear in LINEARS}
     for norm, value in norms.items():
@@ -173,7 +198,7 @@ def _layer(runner: _native.Runner, name: str, layer: LayerWeights) -> dict:
     return built
 
 
-def _linear(runner: _native.Runner, name: str, w: LinearWeights) -> _native.Linear:
+def _linear(runner: _native.Runner, name: str, w: LinearWeights, skip: str = "nothing") -> _native.Linear:
     data = np.ascontiguousarray(w.data)
     bias = None if w.bias is None else np.ascontiguousarray(w.bias)
     try:
@@ -181,7 +206,9 @@ def _linear(runner: _native.Runner, name: str, w: LinearWeights) -> _native.Line
             g = w.groups
             return _native.GroupedLinear(runner, data, g.bits, g.size, **g.arrays(), scale=float(w.scale), bias=bias)
         return _native.Linear(
-            runner, w.layout, data, w.rows, w.cols, float(w.scale), w.activations, bias, mapped=_is_mapped(w.data)
+            *(runner, w.layout, data, w.rows, w.cols, float(w.scale), w.activations, bias),
+            mapped=_is_mapped(w.data),
+            skip=skip,
         )
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
@@ -219,21 +246,22 @@ def _is_mapped(data: NDArray | None) -> bool:
     return False
 
 
-def _runtime_bytes(runner: _native.Runner, w: LinearWeights) -> int:
+def _runtime_bytes(runner: _native.Runner, w: LinearWeights, skip: str = "nothing") -> int:
     if w.groups is not None:
         data = np.ascontiguousarray(w.data)
         return _native.grouped_bytes(data, w.groups.bits, w.groups.size, **w.groups.arrays())
-    return _native.runtime_bytes(runner, w.layout, w.data, w.rows, w.cols, w.activations)
+    return _native.runtime_bytes(runner, w.layout, w.data, w.rows, w.cols, w.activations, skip)
 
 
 def _require_memory(runner: _native.Runner, weights: DecoderWeights, head: str) -> None:
     """MemoryError where the copies of the weights are larger than the memory that there is."""
-    linears = [getattr(layer, name) for layer in weights.layers for name in LINEARS]
+    skips = _skips(weights)
+    linears = [(getattr(layer, name), skips.get(name, "nothing")) for layer in weights.layers for name in LINEARS]
     output = weights.embedding if weights.head is None else weights.head
     if head in ("float", "screen"):
-        linears.append(output)
+        linears.append((output, "nothing"))
     needed = output.rows * output.cols * (2 * HEADS[head] + 1) // 16  # half a bit: scales of groups
-    needed += sum(_runtime_bytes(runner, w) for w in linears)
+    needed += sum(_runtime_bytes(runner, w, skip) for w, skip in linears)
     available = available_memory()
     if available is not None and needed > available:
         raise MemoryError(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from tritkit import _native
 
 from .. import results
 from ..models.config import ModelConfig
@@ -23,6 +25,8 @@ LLAMA_BENCH = Work()  # pp512, tg128
 
 # What the native engine may be asked for: options here, arguments of NativeEngine there.
 ENGINE_OPTIONS = ("kv_bits", "head", "layout")
+
+LAYOUTS = ("t16_2", "t16_3", "l64_3")
 
 # The keys that the JSON line always has, in this order; more follow.
 KEYS = (
@@ -39,7 +43,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, default=0, help="decode behind so many tokens (default 0)")
     parser.add_argument("--batch", type=int, default=1, help="sequences that decode together (default 1)")
     parser.add_argument("--repeat", type=int, default=5, help="samples that count (default 5)")
-    parser.add_argument("--layout", choices=("t16_2", "t16_3"), help="of ternary weights (default: the faster)")
+    parser.add_argument("--layout", choices=LAYOUTS, help="of ternary weights (default: the fastest)")
+    parser.add_argument(
+        "--density",
+        metavar="UP,DOWN",
+        type=_density,
+        action="append",
+        help="decode with these percentages of up's rows and down's columns, forced, beside the best layout that reads "
+        "all; may be repeated",
+    )
     parser.add_argument("--peer", choices=peer.PEERS, help="run the same shape there too, turn by turn")
     parser.add_argument("--json", action="store_true", help="only the line of JSON")
     parser.add_argument("--no-record", action="store_true", help="do not add the numbers to results.json")
@@ -51,6 +63,8 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("give either a model folder or --shape, not both")
     if options.repeat < 1:
         raise ValueError(f"--repeat is {options.repeat}, expected at least 1")
+    if options.density:
+        _require_density_alone(options)
     asked = {name: getattr(options, name) for name in ENGINE_OPTIONS if getattr(options, name) is not None}
     with _model(options) as (name, folder, config):
         rows, machine = measure(
@@ -60,6 +74,7 @@ def run(options: argparse.Namespace) -> int:
             repeat=options.repeat,
             against=options.peer,
             asked=asked,
+            densities=options.density or (),
         )
     if options.model is not None and Path(options.model).is_dir() and not options.no_record:
         settings = {k: v for k, v in vars(options).items() if k not in ("model", "no_record", "json")}
@@ -67,12 +82,37 @@ def run(options: argparse.Namespace) -> int:
     if not options.json:
         from ..tables import print_bench
 
-        print_bench(name, rows, machine)
+        print_bench(name, rows, machine, against=options.peer)
     line = {key: rows[0][key] for key in KEYS} | rows[0]
+    if options.density:
+        line |= {"densities": [beside_dense(row, rows[-1]) for row in rows[:-1]], "others": rows[1:]}
     if options.peer:
         line |= {"ratios": ratios(rows), "others": rows[1:]}
     print(json.dumps(line))
     return 0
+
+
+def _density(text: str) -> tuple[float, float]:
+    try:
+        up, down = (float(share) / 100 for share in text.split(","))
+    except ValueError:
+        up = down = -1.0
+    if not 1 >= up >= down >= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not two percentages UP,DOWN with 100 >= UP >= DOWN >= 0")
+    return up, down
+
+
+def _require_density_alone(options: argparse.Namespace) -> None:
+    """A forced density is a property of decoding one sequence with one layout of one engine."""
+    conflicts = {
+        "--batch": options.batch > 1,
+        "--peer": bool(options.peer),
+        "--layout": options.layout not in (None, "l64_3"),
+        "--engine torch": options.engine != "native",
+    }
+    for name, given in conflicts.items():
+        if given:
+            raise ValueError(f"--density cannot be used with {name}")
 
 
 @contextmanager
@@ -119,12 +159,20 @@ def measure(
     repeat: int = 5,
     against: str | None = None,
     asked: dict[str, Any] | None = None,
+    densities: Sequence[tuple[float, float]] = (),
 ) -> tuple[list[dict[str, Any]], Machine]:
-    """A row for each contestant, ours first. They take turns with each other and with looks at the machine's limits."""
+    """A row for each contestant, ours first. They take turns with each other and with looks at the machine's limits.
+    With densities: a row for each of them, and one for the best layout that reads everything."""
     asked = asked or {}
+    variants = [asked | {"layout": "l64_3", "density": density} for density in densities]
+    if variants:
+        variants.append(asked | {"layout": _native.Runner(1).tiles})
     with ExitStack() as stack:
         enter = stack.enter_context
-        children = [enter(Child(f"the {engine} engine", Ours, folder, work, threads, engine, asked))]
+        children = [
+            enter(Child(f"the {engine} engine", Ours, folder, work, threads, engine, variant))
+            for variant in variants or [asked]
+        ]
         threads = children[0].call("told")["threads"]
         if against:
             children += [enter(Child(*other)) for other in _others(stack, name, folder, config, work, threads, asked)]
@@ -164,6 +212,19 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
         test + (f" {row['head']}" if i else ""): row[f"{test}_tok_s"] / theirs[f"{test}_tok_s"]
         for i, row in enumerate(ours)
         for test in TESTS[::-1]
+    }
+
+
+def beside_dense(row: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
+    """What a density brings: "ideal" is how many times as fast decode would be if only bytes counted."""
+    return {
+        "up": row["density"][0],
+        "down": row["density"][1],
+        "ffn_bytes": row["ffn_bytes"],
+        "ffn_share": row["ffn_bytes"] / dense["ffn_bytes"],
+        "decode_tok_s": row["decode_tok_s"],
+        "times": row["decode_tok_s"] / dense["decode_tok_s"],
+        "ideal": dense["bytes_per_token"] / row["bytes_per_token"],
     }
 
 

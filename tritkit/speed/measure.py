@@ -114,7 +114,6 @@ class Ours(Contestant):
                 "layout": native.layout,
                 "head": native.head,
                 "kv_bits": native.kv_bits,
-                "weight_bytes": native.bytes_per_token,
                 "kv_bytes": native.kv_bytes_per_position,
             }
             self._row_bytes = opened.tensors["model.embed_tokens.weight"].array[0].nbytes
@@ -139,8 +138,16 @@ class Ours(Contestant):
     def told(self) -> dict[str, Any]:
         if not isinstance(self.engine, NativeEngine):
             return self.facts
-        again = self.engine.rescored_rows  # so far
-        return self.facts | {"rescored_rows": again, "logit_bytes": again * self._row_bytes}
+        again = self.engine.rescored_rows  # so far, as the bytes are
+        read, ffn_bytes = self.engine.ffn_bytes
+        return self.facts | {
+            "weight_bytes": self.engine.bytes_per_token,
+            "rescored_rows": again,
+            "logit_bytes": again * self._row_bytes,
+            "density": [round(share, 4) for share in self.engine.density],
+            "ffn_bytes": read,
+            "ffn_share": read / ffn_bytes,
+        }
 
     def prepare(self, test: str) -> None:
         self.engine.truncate(self._prompt, 0)
