@@ -11,9 +11,10 @@ import pytest
 
 from tritkit.checkpoint import linear_names, open_folder
 from tritkit.difference import DIFFERENT, EQUAL, MISSING, differences
-from tritkit.gguf import GGUFFile, NewTensor, write_gguf
+from tritkit.gguf import GGUFFile
 from tritkit.gguf_export import WRITTEN, export_gguf
 from tritkit.gguf_model import open_gguf
+from tritkit.gguf_writer import NewTensor, write_gguf
 from tritkit.hf_export import export_hf
 from tritkit.importer import import_model
 from tritkit.layouts import GGML

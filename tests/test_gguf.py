@@ -6,7 +6,8 @@ import gguf
 import numpy as np
 import pytest
 
-from tritkit.gguf import ALIGNMENT, NUMBERS, TYPES, GGUFFile, GGUFTensor, NewTensor, Strings, tensor_bytes, write_gguf
+from tritkit.gguf import ALIGNMENT, NUMBERS, TYPES, GGUFFile, GGUFTensor, Strings, tensor_bytes
+from tritkit.gguf_writer import NewTensor, write_gguf
 
 METADATA = {
     "general.architecture": "llama",

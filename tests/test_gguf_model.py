@@ -9,19 +9,19 @@ import pytest
 from tritkit.checkpoint import linear_names, matrix_names, matrix_shape, open_folder
 from tritkit.difference import DIFFERENT, EQUAL, MISSING, ROUNDED, differences
 from tritkit.engine.torch import model_of
-from tritkit.gguf import GGUFFile, NewTensor, write_gguf
+from tritkit.gguf import GGUFFile
 from tritkit.gguf_check import largest_error
+from tritkit.gguf_config import llama3_factors, llama3_scaling
 from tritkit.gguf_export import WRITTEN, export_gguf, plan
 from tritkit.gguf_model import (
     ggml_name,
     halves_to_pairs,
     hf_name,
-    llama3_factors,
-    llama3_scaling,
     one_scale,
     open_gguf,
     pairs_to_halves,
 )
+from tritkit.gguf_writer import NewTensor, write_gguf
 from tritkit.importer import import_model
 from tritkit.layouts import GGML, LAYOUTS
 from tritkit.pack import pack

@@ -1,4 +1,4 @@
-"""GGUF files: metadata and tensors as bytes, read by memory map and written as a stream. numpy only.
+"""GGUF files: metadata and tensors as bytes, read by memory map. numpy only. gguf_writer.py writes them.
 
 Layout of the file (little-endian): "GGUF", u32 version, u64 tensors, u64 keys; the keys, each a string, a u32 type and
 a value; the tensors, each a name, u32 dimensions, u64 sizes (columns first), u32 type and u64 offset; then, from the
@@ -13,13 +13,11 @@ from __future__ import annotations
 import itertools
 import math
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-
-from .files import atomic_open
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)  # they differ in nothing that little-endian files have
@@ -81,7 +79,7 @@ TYPES = {
 NUMBERS = {t.name: number for number, t in TYPES.items()}
 
 # Numbers of metadata types: how struct and numpy see them.
-_SCALARS: dict[int, tuple[str, Any]] = {
+SCALARS: dict[int, tuple[str, Any]] = {
     0: ("<B", np.uint8),
     1: ("<b", np.int8),
     2: ("<H", np.uint16),
@@ -94,7 +92,11 @@ _SCALARS: dict[int, tuple[str, Any]] = {
     11: ("<q", np.int64),
     12: ("<d", np.float64),
 }
-_STRING, _ARRAY = 8, 9
+STRING, ARRAY = 8, 9
+
+
+# Float types: safetensors' name, and how numpy sees them.
+FLOAT_TYPES = {"f32": ("F32", np.float32), "f16": ("F16", np.float16), "bf16": ("BF16", np.uint16)}
 
 
 def tensor_bytes(kind: GGMLType, shape: Sequence[int]) -> int:
@@ -173,14 +175,14 @@ class _Cursor:
 
     def value(self, key: str) -> Any:
         kind = self.number("<I")
-        if kind == _STRING:
+        if kind == STRING:
             return self.text()
-        if kind != _ARRAY:
+        if kind != ARRAY:
             return self.number(self._scalar(kind, key)[0])
         kind, count = self.number("<I"), self.number("<Q")
-        if kind == _STRING:
+        if kind == STRING:
             return self._strings(count, key)
-        if kind == _ARRAY:
+        if kind == ARRAY:
             raise self.refuse(f"{key} is an array of arrays")
         dtype = np.dtype(self._scalar(kind, key)[1])
         if count > self.left // dtype.itemsize:
@@ -190,9 +192,9 @@ class _Cursor:
         return values
 
     def _scalar(self, kind: int, key: str) -> tuple[str, Any]:
-        if kind not in _SCALARS:
+        if kind not in SCALARS:
             raise self.refuse(f"{key} has a value of the unknown type {kind}")
-        return _SCALARS[kind]
+        return SCALARS[kind]
 
     def _strings(self, count: int, key: str) -> Strings:
         if count > self.left // 8:
@@ -326,70 +328,11 @@ class GGUFFile(Mapping[str, GGUFTensor]):
         return {key: list(value) if isinstance(value, Strings) else value for key, value in found.items()}
 
 
-class NewTensor(NamedTuple):
-    """A tensor to write. make: its bytes, as any array, made when their turn has come, so that one is in memory."""
-
-    type: str
-    shape: tuple[int, ...]
-    make: Callable[[], np.ndarray]
-
-
-def write_gguf(
-    path: Path | str,
-    metadata: Mapping[str, Any],
-    tensors: Mapping[str, NewTensor],
-    advance: Callable[[], None] = lambda: None,
-) -> None:
-    """Write a GGUF file atomically. Python's ints are stored as uint32, or 64 bits where they are too large; floats as
-    float32; lists of str, numpy arrays and numpy scalars as what they are. ``advance`` is called after each tensor.
-    """
-    header = bytearray(MAGIC + struct.pack("<IQQ", 3, len(tensors), len(metadata)))
-    for key, value in metadata.items():
-        header += _text(key) + _value(key, value)
-    alignment, offset, sizes = int(metadata.get("general.alignment", ALIGNMENT)), 0, []
-    for name, tensor in tensors.items():
-        sizes.append(tensor_bytes(TYPES[NUMBERS[tensor.type]], tensor.shape))
-        header += _text(name) + struct.pack("<I", len(tensor.shape))
-        header += struct.pack(f"<{len(tensor.shape)}Q", *tensor.shape[::-1])
-        header += struct.pack("<IQ", NUMBERS[tensor.type], offset)
-        offset += -(-sizes[-1] // alignment) * alignment
-    with atomic_open(path, "wb") as file:
-        file.write(header + bytes(-len(header) % alignment))
-        for (name, tensor), size in zip(tensors.items(), sizes, strict=True):
-            data = np.ascontiguousarray(tensor.make()).reshape(-1).view(np.uint8)
-            if data.nbytes != size:
-                raise ValueError(f"{name} has {data.nbytes} bytes, but {tensor.type} of {tensor.shape} takes {size}")
-            file.write(data.data)
-            file.write(bytes(-size % alignment))
-            advance()
-
-
-def _text(text: str) -> bytes:
-    raw = text.encode()
-    return struct.pack("<Q", len(raw)) + raw
-
-
-def _value(key: str, value: Any) -> bytes:
-    if isinstance(value, str):
-        return struct.pack("<I", _STRING) + _text(value)
-    if isinstance(value, list | tuple | Strings):
-        if not all(isinstance(v, str) for v in value):
-            raise ValueError(f"{key}: a list of metadata holds strings; give numbers as a numpy array")
-        return struct.pack("<IIQ", _ARRAY, _STRING, len(value)) + b"".join(map(_text, value))
-    if isinstance(value, np.ndarray):
-        number = _number_of(key, value.dtype)
-        return struct.pack("<IIQ", _ARRAY, number, value.size) + np.ascontiguousarray(value).tobytes()
-    if isinstance(value, bool):
-        value = np.bool_(value)
-    elif isinstance(value, int):
-        value = (np.uint32 if value < 1 << 32 else np.uint64)(value) if value >= 0 else np.int32(value)
-    elif isinstance(value, float):
-        value = np.float32(value)
-    return struct.pack("<I", _number_of(key, value.dtype)) + value.tobytes()
-
-
-def _number_of(key: str, dtype: np.dtype) -> int:
-    for number, (_, known) in _SCALARS.items():
-        if np.dtype(known) == dtype:
-            return number
-    raise ValueError(f"{key}: GGUF has no values of dtype {dtype}")
+def as_array(tensor: GGUFTensor) -> tuple[str, np.ndarray]:
+    """dtype as safetensors names it, and the values of a float tensor or the bytes of each row of blocks."""
+    if tensor.type in FLOAT_TYPES:
+        dtype, kind = FLOAT_TYPES[tensor.type]
+        return dtype, tensor.data.view(kind).reshape(tensor.shape)
+    if tensor.type == "i2_s":
+        return "U8", tensor.data[: math.prod(tensor.shape) // 4].reshape(tensor.shape[0], -1)
+    return "U8", tensor.data.reshape(tensor.shape[0], -1)

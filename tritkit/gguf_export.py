@@ -7,7 +7,6 @@ compared with the model before it gets its name.
 
 from __future__ import annotations
 
-import math
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -18,16 +17,11 @@ from typing import Any
 import numpy as np
 
 from .checkpoint import EMBEDDING, HEAD, ModelFolder, float_to_bf16, linear_names, matrix_names, matrix_shape
-from .gguf import NewTensor, write_gguf
+from .gguf import FLOAT_TYPES
 from .gguf_check import verify
-from .gguf_model import (
-    ARCHITECTURES,
-    FLOAT_TYPES,
-    ROPE_FACTORS,
-    ggml_name,
-    halves_to_pairs,
-    llama3_factors,
-)
+from .gguf_config import ARCHITECTURES, ROPE_FACTORS, architecture_of, metadata_of, rope_factors
+from .gguf_model import ggml_name, halves_to_pairs
+from .gguf_writer import NewTensor, write_gguf
 from .layouts import GGML, I2S, LAYOUTS, Packed, Unpacked
 from .layouts.ggml_legacy import GgmlLegacy
 from .layouts.translate import TERNARY as TERNARY_LAYOUTS
@@ -36,12 +30,6 @@ from .progress import progress
 
 TERNARY = ("tq1_0", "tq2_0", "i2_s")
 WRITTEN = ("f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", *TERNARY)
-# general.file_type: what most of a file is.
-FILE_TYPES = {
-    **{"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "bf16": 32},
-    **{"q2_k": 10, "q3_k": 12, "q4_k": 15, "q5_k": 17, "q6_k": 18},  # S, M or L cannot be told: M
-    **{"tq1_0": 36, "tq2_0": 37, "i2_s": 40},
-}
 # What a type's embedding and head become where nothing else is asked for. Rounding them to 8 bits costs nothing that
 # can be measured; Microsoft's I2_S files keep them at 16.
 EMBEDDINGS = {"tq1_0": "q8_0", "tq2_0": "q8_0", "i2_s": "f16"}
@@ -53,16 +41,6 @@ class Plan:
 
     type: str
     reason: str | None = None
-
-
-def architecture_of(model: ModelFolder) -> str:
-    """llama.cpp's name for what the model is; ValueError where it has none."""
-    family, act = model.config.family, model.config.hidden_act
-    family = {"mistral": "llama"}.get(family, family)
-    for name, architecture in ARCHITECTURES.items():
-        if (architecture.family, architecture.hidden_act) == (family, act):
-            return name
-    raise ValueError(f"GGUF has no architecture for the {family} family with {act!r}")
 
 
 def own_type(model: ModelFolder, name: str) -> str:
@@ -169,7 +147,7 @@ def export_gguf(
     tensors = {}
     for name in names:
         tensors[ggml_name(name)] = _new_tensor(model, name, plans.get(name.removesuffix(".weight")), order, heads)
-    factors = _rope_factors(model)
+    factors = rope_factors(model)
     if factors is not None:
         tensors[ROPE_FACTORS] = NewTensor("f32", factors.shape, lambda: factors)
     beside = out.with_name(f".{out.name}.{os.getpid()}.unverified")
@@ -281,69 +259,6 @@ def _as_ternary(model: ModelFolder, name: str, target: str) -> Packed:
         return pack_ternary(matrix, target).packed
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-
-
-def metadata_of(model: ModelFolder, architecture: str, kind: str) -> dict[str, Any]:
-    """The keys of the file, tokenizer included."""
-    from .gguf_tokenizer import tokenizer_to_gguf
-
-    c = model.config
-    name = model.path.stem if model.path.is_file() else model.path.name
-    own = {
-        "vocab_size": c.vocab_size,
-        "context_length": c.max_position_embeddings,
-        "embedding_length": c.hidden_size,
-        "block_count": c.num_hidden_layers,
-        "feed_forward_length": c.intermediate_size,
-        "attention.head_count": c.num_attention_heads,
-        "attention.head_count_kv": c.num_key_value_heads,
-        "attention.layer_norm_rms_epsilon": float(c.rms_norm_eps),
-        "attention.key_length": c.head_dim,
-        "attention.value_length": c.head_dim,
-        "rope.dimension_count": c.head_dim,
-        "rope.freq_base": float(c.rope_theta),
-        **_scaling_keys(model),
-    }
-    return {
-        "general.architecture": architecture,
-        "general.type": "model",
-        "general.name": name,
-        "general.file_type": FILE_TYPES.get(kind, 0),
-        "general.quantization_version": 2,
-        "general.quantized_by": "tritkit",
-        **{f"{architecture}.{key}": value for key, value in own.items()},
-        **tokenizer_to_gguf(model.tokenizer(), c.vocab_size),
-    }
-
-
-def _scaling_keys(model: ModelFolder) -> dict[str, Any]:
-    rope = model.config.to_hf().get("rope_parameters", {})
-    kind = rope.get("rope_type", "default")
-    if kind in ("default", "llama3"):  # llama3: a tensor says it
-        return {}
-    keys: dict[str, Any] = {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
-    if kind == "yarn":
-        original = rope.get("original_max_position_embeddings") or model.config.max_position_embeddings
-        keys["rope.scaling.original_context_length"] = int(original)
-        for ours, theirs in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
-            if rope.get(ours) is not None:
-                keys[f"rope.scaling.{theirs}"] = float(rope[ours])
-        if rope.get("attention_factor") is not None:
-            usual = 0.1 * math.log(rope["factor"]) + 1
-            keys["rope.scaling.attn_factor"] = float(rope["attention_factor"]) / usual
-        if rope.get("mscale") or rope.get("mscale_all_dim") or rope.get("truncate") is False:
-            raise ValueError("GGUF cannot say what this model's yarn has: mscale, mscale_all_dim or truncate = false")
-    return keys
-
-
-def _rope_factors(model: ModelFolder) -> np.ndarray | None:
-    rope = model.config.to_hf().get("rope_parameters", {})
-    if rope.get("rope_type") != "llama3":
-        return None
-    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
-    original = int(rope["original_max_position_embeddings"])
-    c = model.config
-    return llama3_factors(float(rope["factor"]), low, high, original, c.rope_theta, c.head_dim).astype(np.float32)
 
 
 def notes(model: ModelFolder, architecture: str, kind: str, plans: Mapping[str, Plan]) -> list[str]:

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from ..checkpoint import ModelFolder, linear_names, linear_shape, norm_sizes
 from ..gguf import GGUFFile
-from ..gguf_export import architecture_of, export_gguf
+from ..gguf_config import architecture_of
+from ..gguf_export import export_gguf
 from ..gguf_model import ggml_name as gguf_name
 from ..models.config import ModelConfig
 from ..progress import progress
