@@ -8,6 +8,7 @@ a file has that would change the result and is not understood is refused by its 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from .checkpoint import OWN, ModelFolder, linear_names, quantization_config, require_complete
-from .gguf import GGUFFile, GGUFTensor
+from .gguf import GGUFFile, GGUFTensor, Strings
+from .jsonfile import shown
 from .layouts import GGML, Packed
 from .layouts.i2s import detect_i2s, layer_evidence
 from .models.config import ModelConfig, config_from_hf
@@ -59,6 +61,8 @@ IN_LAYER = {
 }
 OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 ROPE_FACTORS = "rope_freqs.weight"  # what llama3's rotary scaling divides each frequency by
+LAYER = re.compile("0|[1-9][0-9]{0,5}")  # a number that no other name of a tensor could mean
+LARGEST_NUMBER = 3e38  # what a float32 can be
 FLOAT_TYPES = {"f32": ("F32", np.float32), "f16": ("F16", np.float16), "bf16": ("BF16", np.uint16)}
 # The keys of an architecture that are read, or that say nothing of what is computed. Any other one may change the
 # result, unless it is 0 or has the value that leaves things as they are.
@@ -100,7 +104,7 @@ def hf_name(name: str) -> str | None:
         return f"{OUTSIDE[stem]}.{end}"
     block, _, inner = stem.partition(".")
     number, _, inner = inner.partition(".")
-    if block == "blk" and number.isdigit() and inner in IN_LAYER:
+    if block == "blk" and LAYER.fullmatch(number) and inner in IN_LAYER:
         return f"model.layers.{int(number)}.{IN_LAYER[inner]}.{end}"
     return None
 
@@ -192,9 +196,11 @@ def open_gguf(path: Path | str, i2_s: str | None = None) -> ModelFolder:
     tensors = _Tensors(file, heads if ARCHITECTURES[name].pairs else {})
     layouts = {}
     if any(file.type_of(theirs) == "i2_s" for theirs in file):
-        i2_s = i2_s or _i2_s_order(tensors, base.num_hidden_layers)
+        i2_s = i2_s or _i2_s_order(tensors)
     for ours, theirs in tensors.names.items():
         kind = file.type_of(theirs)
+        if not math.prod(file.shape_of(theirs)):
+            raise ValueError(f"{path}: the tensor {theirs!r} is empty: its shape is {file.shape_of(theirs)}")
         if kind in FLOAT_TYPES:
             continue
         if len(file.shape_of(theirs)) != 2 or not ours.endswith(".weight"):
@@ -207,14 +213,17 @@ def open_gguf(path: Path | str, i2_s: str | None = None) -> ModelFolder:
         hf = {**hf, "quantization_config": q}
         if q["quant_method"] == "tritkit":
             hf |= {"model_type": OWN + config.family, "architectures": ["TritkitForCausalLM"]}
-    opened = ModelFolder(Path(path), config, hf, layouts, tensors, "gguf", lambda: _tokenizer(file))
+    opened = ModelFolder(Path(path), config, hf, layouts, tensors, "gguf", lambda: _tokenizer(file, config.vocab_size))
     require_complete(opened)
     return opened
 
 
-def _tokenizer(file: GGUFFile):
+def _tokenizer(file: GGUFFile, rows: int):
     from .gguf_tokenizer import tokenizer_from_gguf
 
+    listed = file.metadata.get("tokenizer.ggml.tokens")
+    if isinstance(listed, Strings) and len(listed) > rows:  # before anything is made of them
+        raise ValueError(f"{file.path} has {len(listed)} tokens, but its embedding has {rows} rows")
     try:
         return tokenizer_from_gguf(file.plain_metadata("tokenizer."))
     except ValueError as error:
@@ -233,28 +242,26 @@ def _layout_of(file: GGUFFile, name: str, i2_s: str | None) -> str:
     return kind
 
 
-def _i2_s_order(tensors: _Tensors, layers: int) -> str:
+def _i2_s_order(tensors: _Tensors) -> str:
     """ "x86" or "arm", by the content; ValueError where that does not tell."""
-    evidence = []
-    for i in range(layers):
-        prefix = f"model.layers.{i}."
-        linears, norms = {}, {}
-        for name in tensors.names:
-            inner = name.removeprefix(prefix).removesuffix(".weight")
-            if not name.startswith(prefix) or not name.endswith(".weight"):
-                continue
-            if inner.endswith("norm"):
-                norms[inner] = tensors[name].float32()
-            elif tensors.file.type_of(tensors.names[name]) == "i2_s":
-                linears[inner] = tensors[name].array
-        evidence += layer_evidence(linears, norms)
-    found = detect_i2s(evidence)
-    if found is None:
+    found: dict[str, tuple[dict, dict]] = {}  # linears and norms by layer
+    for name in tensors.names:
+        if not name.startswith("model.layers.") or not name.endswith(".weight"):
+            continue
+        number, _, inner = name.removeprefix("model.layers.").removesuffix(".weight").partition(".")
+        linears, norms = found.setdefault(number, ({}, {}))
+        if inner.endswith("norm"):
+            norms[inner] = tensors[name].float32()
+        elif tensors.file.type_of(tensors.names[name]) == "i2_s":
+            linears[inner] = tensors[name].array
+    evidence = [each for linears, norms in found.values() for each in layer_evidence(linears, norms)]
+    order = detect_i2s(evidence)
+    if order is None:
         raise ValueError(
             f"{tensors.file.path} has I2_S codes, and their order, which depends on the CPU of who wrote them, cannot "
             "be told from the content: say --i2-s x86 (bitnet.cpp's converter and published files) or --i2-s arm"
         )
-    return found.removeprefix("i2_s_")
+    return order.removeprefix("i2_s_")
 
 
 def _weights_of(config: ModelConfig, tensors: _Tensors, layouts: Mapping[str, str]) -> str | None:
@@ -286,24 +293,26 @@ def one_scale(layout: str, blocks: np.ndarray) -> float | None:
 def config_of(file: GGUFFile) -> dict[str, Any]:
     """The metadata as Hugging Face's config.json would say it."""
     name = file.metadata.get("general.architecture")
-    if name not in ARCHITECTURES:
-        raise ValueError(f"{file.path} has the architecture {name!r}; tritkit runs {', '.join(ARCHITECTURES)}")
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        raise ValueError(f"{file.path} has the architecture {shown(name)}; tritkit runs {', '.join(ARCHITECTURES)}")
     architecture = ARCHITECTURES[name]
     meta = _Keys(file, name)
     for key in file.metadata:
         inner = key.removeprefix(f"{name}.")
         if inner != key and inner not in READ and meta.get(inner) not in (0, NEUTRAL.get(inner)):
-            raise ValueError(f"{file.path} has {key} = {meta.get(inner)}, which tritkit does not run")
+            raise ValueError(f"{file.path} has {shown(key)[1:-1]} = {meta.show(inner)}, which tritkit does not run")
     hidden, heads = meta.count("embedding_length"), meta.count("attention.head_count")
     head_dim = meta.count("attention.key_length", hidden // max(heads, 1))
     context = meta.count("context_length")
     for key, wanted in (("attention.value_length", head_dim), ("rope.dimension_count", head_dim)):
         if meta.count(key, wanted) != wanted:
-            raise ValueError(f"{file.path} has {name}.{key} = {meta.get(key)}, but its heads have {head_dim} values")
+            raise ValueError(f"{file.path} has {name}.{key} = {meta.show(key)}, but its heads have {head_dim} values")
     vocabulary = file.shape_of("token_embd.weight") if "token_embd.weight" in file else ()
     if len(vocabulary) != 2:
         raise ValueError(f"{file.path} has no matrix token_embd.weight: it holds no whole model")
     base = meta.number("rope.freq_base", 10000.0)
+    if base <= 1:
+        raise ValueError(f"{file.path} has {name}.rope.freq_base = {base}, expected more than 1")
     return {
         "model_type": architecture.family,
         "hidden_act": architecture.hidden_act,
@@ -339,18 +348,22 @@ class _Keys:
             return value[0].item()
         return value
 
+    def show(self, key: str) -> str:
+        value = self.get(key)
+        return shown(value).strip("'")
+
     def count(self, key: str, default: int | None = None) -> int:
         value = self.get(key)
         value = default if value is None else value
         if type(value) is not int or value < 0:
-            raise ValueError(f"{self.file.path} has {self.architecture}.{key} = {value!r}, expected a number")
+            raise ValueError(f"{self.file.path} has {self.architecture}.{key} = {shown(value)}, expected a number")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self.get(key)
         value = default if value is None else value
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"{self.file.path} has {self.architecture}.{key} = {value!r}, expected a number")
+        if not isinstance(value, int | float) or not abs(value) < LARGEST_NUMBER:
+            raise ValueError(f"{self.file.path} has {self.architecture}.{key} = {shown(value)}, expected a number")
         return shortest(float(value))
 
 
@@ -363,16 +376,20 @@ def _rope_scaling(meta: _Keys, file: GGUFFile, base: float, head_dim: int, conte
     """Rotary scaling in Hugging Face's words."""
     kind = meta.get("rope.scaling.type") or "none"
     factor = meta.number("rope.scaling.factor", 1.0) or 1.0
+    if factor < 0:
+        raise ValueError(
+            f"{file.path} has {meta.architecture}.rope.scaling.factor = {factor}, expected a number above 0"
+        )
     if ROPE_FACTORS in file:
         if kind not in ("none", "linear") or factor != 1:
-            raise ValueError(f"{file.path} has both {ROPE_FACTORS} and rotary scaling {kind!r}")
+            raise ValueError(f"{file.path} has both {ROPE_FACTORS} and rotary scaling {shown(kind)}")
         return llama3_scaling(_array(file[ROPE_FACTORS])[1].astype(np.float64), base, head_dim, file.path)
     if kind == "none" or (kind == "linear" and factor == 1):
         return {"rope_type": "default"}
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}
     if kind != "yarn":
-        raise ValueError(f"{file.path} has rotary scaling {kind!r}; tritkit runs linear, llama3 and yarn")
+        raise ValueError(f"{file.path} has rotary scaling {shown(kind)}; tritkit runs linear, llama3 and yarn")
     found: dict[str, Any] = {
         "rope_type": "yarn",
         "factor": factor,
