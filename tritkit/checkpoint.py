@@ -286,7 +286,7 @@ class _Shards(dict[str, StoredTensor]):
     """The tensors of several files by name."""
 
     def __missing__(self, name: str) -> StoredTensor:
-        raise ValueError(f"no file of this model has a tensor {name!r}")
+        raise ValueError(f"no file of this model has a tensor {shown(name)}")
 
 
 def _tensor_files(path: Path) -> Mapping[str, StoredTensor]:

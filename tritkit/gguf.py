@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .files import atomic_open
+from .jsonfile import shown
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)  # they differ in nothing that little-endian files have
@@ -245,11 +246,11 @@ class GGUFFile(Mapping[str, GGUFTensor]):
         for _ in range(keys):
             key = cursor.text(LONGEST_NAME)
             if key in self.metadata:
-                raise cursor.refuse(f"the key {key!r} occurs twice")
+                raise cursor.refuse(f"the key {shown(key)} occurs twice")
             self.metadata[key] = cursor.value(key)
         alignment = self.metadata.get("general.alignment", ALIGNMENT)
         if type(alignment) is not int or not 8 <= alignment <= 1 << 20 or alignment & (alignment - 1):
-            raise cursor.refuse(f"general.alignment is {alignment!r}, which is no power of two from 8")
+            raise cursor.refuse(f"general.alignment is {shown(alignment)}, which is no power of two from 8")
         self._entries: dict[str, _Entry] = {}
         for _ in range(tensors):
             self._read_entry(cursor)
@@ -260,12 +261,12 @@ class GGUFFile(Mapping[str, GGUFTensor]):
         name = cursor.text(LONGEST_NAME)
         dimensions = cursor.number("<I")
         if name in self._entries:
-            raise cursor.refuse(f"the tensor {name!r} occurs twice")
+            raise cursor.refuse(f"the tensor {shown(name)} occurs twice")
         if dimensions > MOST_DIMENSIONS:
-            raise cursor.refuse(f"the tensor {name!r} has {dimensions} dimensions")
+            raise cursor.refuse(f"the tensor {shown(name)} has {dimensions} dimensions")
         shape = tuple(cursor.number("<Q") for _ in range(dimensions))[::-1]
         if math.prod(max(side, 1) for side in shape) > LARGEST_TENSOR:
-            raise cursor.refuse(f"the tensor {name!r} has the shape {shape}")
+            raise cursor.refuse(f"the tensor {shown(name)} has the shape {shape}")
         self._entries[name] = _Entry(cursor.number("<I"), shape, cursor.number("<Q"))
 
     def _check_places(self, cursor: _Cursor) -> None:
@@ -277,16 +278,18 @@ class GGUFFile(Mapping[str, GGUFTensor]):
             try:
                 nbytes = tensor_bytes(TYPES[entry.type], entry.shape)
             except ValueError as error:
-                raise cursor.refuse(f"the tensor {name!r}: {error}") from None
+                raise cursor.refuse(f"the tensor {shown(name)}: {error}") from None
             begin = self._start + entry.offset
             if begin + nbytes > len(self._bytes):
-                raise cursor.refuse(f"the tensor {name!r} claims {nbytes} bytes from {begin} of {len(self._bytes)}")
+                raise cursor.refuse(
+                    f"the tensor {shown(name)} claims {nbytes} bytes from {begin} of {len(self._bytes)}"
+                )
             if nbytes:
                 spans.append((begin, begin + nbytes, name))
         spans.sort()
         for (_, end, first), (begin, _, second) in itertools.pairwise(spans):
             if begin < end:
-                raise cursor.refuse(f"the tensors {first!r} and {second!r} overlap")
+                raise cursor.refuse(f"the tensors {shown(first)} and {shown(second)} overlap")
 
     def type_of(self, name: str) -> str:
         """ggml's name of a tensor's type, lower case; "type 99" where it is not known."""
@@ -298,10 +301,10 @@ class GGUFFile(Mapping[str, GGUFTensor]):
 
     def __getitem__(self, name: str) -> GGUFTensor:
         if name not in self._entries:
-            raise ValueError(f"{self.path} has no tensor {name!r}")
+            raise ValueError(f"{self.path} has no tensor {shown(name)}")
         entry = self._entries[name]
         if entry.type not in TYPES:
-            raise ValueError(f"{self.path}: the tensor {name!r} has the unknown {self.type_of(name)}")
+            raise ValueError(f"{self.path}: the tensor {shown(name)} has the unknown {self.type_of(name)}")
         kind = TYPES[entry.type]
         begin = self._start + entry.offset
         return GGUFTensor(kind.name, entry.shape, self._bytes[begin : begin + tensor_bytes(kind, entry.shape)])

@@ -142,7 +142,7 @@ class _Tensors(Mapping[str, StoredTensor]):
             if ours is not None:
                 self.names[ours] = name
             elif name != ROPE_FACTORS:
-                raise ValueError(f"{file.path} has the tensor {name!r}, which tritkit does not know how to use")
+                raise ValueError(f"{file.path} has the tensor {shown(name)}, which tritkit does not know how to use")
 
     def __getitem__(self, name: str) -> StoredTensor:
         stem, _, end = name.rpartition(".")
@@ -151,7 +151,7 @@ class _Tensors(Mapping[str, StoredTensor]):
             codes = math.prod(tensor.shape) // 4
             return StoredTensor("F32", tensor.data[codes : codes + 4].view(np.float32))
         if name not in self.names:
-            raise ValueError(f"{self.file.path} has no tensor {name!r}")
+            raise ValueError(f"{self.file.path} has no tensor {shown(name)}")
         tensor = self.file[self.names[name]]
         dtype, array = _array(tensor)
         heads = self.orders.get(stem.rpartition(".")[2])
@@ -200,11 +200,11 @@ def open_gguf(path: Path | str, i2_s: str | None = None) -> ModelFolder:
     for ours, theirs in tensors.names.items():
         kind = file.type_of(theirs)
         if not math.prod(file.shape_of(theirs)):
-            raise ValueError(f"{path}: the tensor {theirs!r} is empty: its shape is {file.shape_of(theirs)}")
+            raise ValueError(f"{path}: the tensor {shown(theirs)} is empty: its shape is {file.shape_of(theirs)}")
         if kind in FLOAT_TYPES:
             continue
         if len(file.shape_of(theirs)) != 2 or not ours.endswith(".weight"):
-            raise ValueError(f"{path}: the tensor {theirs!r} is {kind} {file.shape_of(theirs)}, expected floats")
+            raise ValueError(f"{path}: the tensor {shown(theirs)} is {kind} {file.shape_of(theirs)}, expected floats")
         layouts[ours.removesuffix(".weight")] = _layout_of(file, theirs, i2_s)
     weights = _weights_of(base, tensors, layouts)
     config = config_from_hf(hf, weights, None if weights is None else "a8")
@@ -237,7 +237,7 @@ def _layout_of(file: GGUFFile, name: str, i2_s: str | None) -> str:
     if kind not in GGML:
         known = ", ".join(k.upper() for k in (*FLOAT_TYPES, *GGML, "i2_s"))
         raise ValueError(
-            f"{file.path}: the tensor {name!r} has the type {kind.upper()}, which tritkit does not run; it runs {known}"
+            f"{file.path}: the tensor {shown(name)} has the type {kind.upper()}, which tritkit does not run; it runs {known}"
         )
     return kind
 
@@ -411,6 +411,8 @@ def llama3_scaling(factors: np.ndarray, base: float, head_dim: int, path: Path) 
     if (factors == 1).all():
         return {"rope_type": "default"}
     factor = float(round(factors.max(), 4))
+    if not 0 < factor < 1e6:
+        raise ValueError(f"{path}: {ROPE_FACTORS} has values up to {factors.max():g}, expected a number from 1 up")
     for low, high, original in ((1, 4, 8192), *((1, h, 1 << n) for h in (4, 2, 8, 16) for n in range(9, 21))):
         if np.allclose(llama3_factors(factor, low, high, original, base, head_dim), factors, rtol=1e-4):
             return {

@@ -19,6 +19,7 @@ from .jsonfile import read_object, shown
 
 LARGEST = 256 << 20  # bytes of a tokenizer.json; those of the largest vocabularies have some tens of MiB
 LARGEST_TEMPLATE = 1 << 20
+PROBE = "The cat \u2014 na\u00efve? 12\n"  # is encoded and decoded once when a tokenizer is loaded
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 
 
@@ -69,11 +70,14 @@ class Tokenizer:
         if not all(type(i) is int and 0 <= i < 2**31 for i in stops):
             where = file.with_name("generation_config.json")
             raise ValueError(f"{where}: eos_token_id is {shown(stops)}, expected numbers of tokens")
-        with refusing(str(file)):
+        with refusing(f"{file} is not a tokenizer of the tokenizers library"):
             inner = HFTokenizer.from_file(str(file))
             inner.no_padding()  # a text is what it is, whatever the file would make of its length
             inner.no_truncation()
-            return cls(inner, config, stops)
+            _require_whole(inner)
+            loaded = cls(inner, config, stops)
+        loaded.decode(loaded.encode(PROBE)[:100])
+        return loaded
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, advance: Callable[[int], None] = lambda n: None) -> Tokenizer:
@@ -115,14 +119,17 @@ class Tokenizer:
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids; ``special`` adds what the tokenizer puts around a text (BOS)."""
-        return self.inner.encode(text, add_special_tokens=special).ids
+        with refusing("this tokenizer cannot encode a text"):
+            return self.inner.encode(text, add_special_tokens=special).ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Ids without special tokens, on all cores."""
-        return [e.ids for e in self.inner.encode_batch(texts, add_special_tokens=False)]
+        with refusing("this tokenizer cannot encode a text"):
+            return [e.ids for e in self.inner.encode_batch(texts, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self.inner.decode(list(ids), skip_special_tokens=True)
+        with refusing("this tokenizer cannot decode its tokens"):
+            return self.inner.decode(list(ids), skip_special_tokens=True)
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Text as it becomes complete: a token may end inside a UTF-8 character.
@@ -153,7 +160,21 @@ def refusing(what: str) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = " ".join(str(error).split())[:500]
-        raise ValueError(f"{what} is not a tokenizer of the tokenizers library: {reason}") from None
+        raise ValueError(f"{what}: {reason}") from None
+
+
+def _require_whole(inner: HFTokenizer) -> None:
+    """ValueError where the library would panic when it encodes: a template with a token that its table lacks."""
+    steps = [] if inner.post_processor is None else [json.loads(inner.post_processor.__getstate__())]
+    while steps:
+        step = steps.pop()
+        steps += step.get("processors", [])
+        if step["type"] == "TemplateProcessing":
+            pieces = [*step["single"], *step["pair"]]
+            used = {piece["SpecialToken"]["id"] for piece in pieces if "SpecialToken" in piece}
+            missing = used - step["special_tokens"].keys()
+            if missing:
+                raise ValueError(f"its template has a token {shown(min(missing))} that it does not know")
 
 
 def is_text(value: Any) -> bool:
