@@ -182,32 +182,32 @@ class _Cursor:
         if kind == _STRING:
             return self._strings(count, key)
         if kind == _ARRAY:
-            raise self.refuse(f"{key} is an array of arrays")
+            raise self.refuse(f"{shown(key)[1:-1]} is an array of arrays")
         dtype = np.dtype(self._scalar(kind, key)[1])
         if count > self.left // dtype.itemsize:
-            raise self.refuse(f"{key} claims {count} values, but {self.left} bytes are left")
+            raise self.refuse(f"{shown(key)[1:-1]} claims {count} values, but {self.left} bytes are left")
         values = np.frombuffer(self.data, dtype, count, self.at)
         self.at += values.nbytes
         return values
 
     def _scalar(self, kind: int, key: str) -> tuple[str, Any]:
         if kind not in _SCALARS:
-            raise self.refuse(f"{key} has a value of the unknown type {kind}")
+            raise self.refuse(f"{shown(key)[1:-1]} has a value of the unknown type {kind}")
         return _SCALARS[kind]
 
     def _strings(self, count: int, key: str) -> Strings:
         if count > self.left // 8:
-            raise self.refuse(f"{key} claims {count} strings, but {self.left} bytes are left")
+            raise self.refuse(f"{shown(key)[1:-1]} claims {count} strings, but {self.left} bytes are left")
         starts = np.empty(count, np.uint64)
         at, end, length_at = self.at, len(self.data), struct.Struct("<Q").unpack_from
         for i in range(count):
             if end - at < 8:
-                raise self.refuse(f"it ends within {key}")
+                raise self.refuse(f"it ends within {shown(key)[1:-1]}")
             starts[i] = at
             (length,) = length_at(self.data, at)
             at += 8 + length
             if at > end:
-                raise self.refuse(f"{key} has a string of {length} bytes that goes beyond the file")
+                raise self.refuse(f"{shown(key)[1:-1]} has a string of {length} bytes that goes beyond the file")
         self.at = at
         return Strings(self.data, starts)
 

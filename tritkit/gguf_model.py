@@ -155,7 +155,11 @@ class _Tensors(Mapping[str, StoredTensor]):
         tensor = self.file[self.names[name]]
         dtype, array = _array(tensor)
         heads = self.orders.get(stem.rpartition(".")[2])
-        return StoredTensor(dtype, array if heads is None else array[pairs_to_halves(len(array), heads)])
+        if heads is None:
+            return StoredTensor(dtype, array)
+        if not array.ndim or len(array) % (2 * heads):
+            raise ValueError(f"{self.file.path}: {name} has the shape {array.shape}, which {heads} heads cannot share")
+        return StoredTensor(dtype, array[pairs_to_halves(len(array), heads)])
 
     def __contains__(self, name: object) -> bool:
         stem, _, end = str(name).rpartition(".")
@@ -237,7 +241,8 @@ def _layout_of(file: GGUFFile, name: str, i2_s: str | None) -> str:
     if kind not in GGML:
         known = ", ".join(k.upper() for k in (*FLOAT_TYPES, *GGML, "i2_s"))
         raise ValueError(
-            f"{file.path}: the tensor {shown(name)} has the type {kind.upper()}, which tritkit does not run; it runs {known}"
+            f"{file.path}: the tensor {shown(name)} has the type {kind.upper()}, which tritkit does not run; "
+            f"it runs {known}"
         )
     return kind
 

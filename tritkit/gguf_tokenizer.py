@@ -57,7 +57,8 @@ def tokenizer_from_gguf(fields: Mapping[str, Any]) -> Tokenizer:
         add_bos = True
     else:
         raise ValueError(
-            f"the tokenizer is of kind {shown(model)}; known are 'gpt2' (byte-level BPE) and 'llama' (SentencePiece's BPE)"
+            f"the tokenizer is of kind {shown(model)}; known are 'gpt2' (byte-level BPE) and "
+            "'llama' (SentencePiece's BPE)"
         )
     ids = {role: read.id(key, len(tokens)) for role, key in ROLES.items()}
     ids = {role: defaults.get(role) if i is None else i for role, i in ids.items()}
@@ -177,6 +178,8 @@ def _to_gguf(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
             raise ValueError("it has no token for every byte, and GGUF's SentencePiece kind needs them")
         types[[ids[b] for b in spm.BYTES]] = BYTE
         if model["unk_token"] is not None:
+            if model["unk_token"] not in ids:
+                raise ValueError(f"its unknown token {shown(model['unk_token'])} is no token")
             types[ids[model["unk_token"]]] = UNKNOWN
         fields = {"model": "llama", "pre": "default", "add_space_prefix": prefix}
         fields["scores"] = _spread(scores, types)
@@ -266,7 +269,9 @@ def _roles(tokenizer: Tokenizer, model: dict[str, Any]) -> dict[str, Any]:
         if put and ids[role] is None:
             ids[role] = put[0]
         if put not in ([], [ids[role]]):
-            raise ValueError(f"it puts the tokens {put} around a text, and GGUF can only put BOS before, EOS after it")
+            raise ValueError(
+                f"it puts the tokens {shown(put)} around a text, and GGUF can only put BOS before, EOS after it"
+            )
         flags[f"add_{role}_token"] = bool(put)
     known = {inner.token_to_id(t) for t in ends_by_text(inner.get_vocab())}
     others = [i for i in tokenizer.stop_ids if i != ids["eos"] and i not in known]

@@ -15,7 +15,7 @@ SHOWN = 200  # characters of a stranger's text in a message
 def shown(value: Any) -> str:
     """A value as a message shows it: in one line, cut where it is long."""
     try:
-        text = repr(value)
+        text = " ".join(repr(value).split())  # arrays of numpy have lines
     except (ValueError, RecursionError):  # an integer of thousands of digits
         text = f"a {type(value).__name__} too large to show"
     return text if len(text) <= SHOWN else text[:SHOWN] + "..."

@@ -17,6 +17,7 @@ from .rope import Rope, frequencies, rope_from_hf
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 LARGEST, MOST_LAYERS = 2**31 - 1, 1000  # what a file may claim before anybody believes it
+WIDEST_HEAD = 1 << 16
 MOST_EFFORT = 200_000  # to match modules_to_not_convert with the names of all layers: a second, more or less
 OWN_ARCHITECTURE = "TritkitForCausalLM"  # in folders that transformers must refuse
 
@@ -70,6 +71,8 @@ class ModelConfig:
                 f"model.num_attention_heads {self.num_attention_heads} is no multiple of model.num_key_value_heads "
                 f"{self.num_key_value_heads}"
             )
+        if self.head_dim > WIDEST_HEAD:
+            raise ValueError(f"model.head_dim is {shown(self.head_dim)}, more than any model has")
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"rotary embedding needs an even head size, but model.head_dim {self.head_dim} is none")
         if self.sub_norms and self.head_dim * self.num_attention_heads != self.hidden_size:
