@@ -1,4 +1,4 @@
-"""A conversation in the terminal, through the model's own chat template (Jinja, sandboxed). Imports no torch."""
+"""A conversation in the terminal, through the model's own chat template. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from . import template
 from .engine.load import load
 from .engine.sampling import Sampling
 from .engine.text import stream_ids, until_stop
 from .tokenizer import Tokenizer
 
 Message = dict[str, str]
+SPECIAL_TOKENS = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 
 def render(tokenizer: Tokenizer, messages: list[Message]) -> str:
@@ -24,27 +23,25 @@ def render(tokenizer: Tokenizer, messages: list[Message]) -> str:
             "this model has no chat template: it goes on with texts but was not taught to answer; "
             "use tritkit generate --prompt '...' instead"
         )
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    specials = {name: _content(token) for name, token in tokenizer.config.items() if name in SPECIAL_TOKENS}
+    return template.render(
+        _template(tokenizer.chat_template),
+        {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True, **specials},
     )
 
-    def refuse(message: str) -> Any:
-        raise TemplateError(message)
 
-    environment.globals["raise_exception"] = refuse
-    try:
-        return environment.from_string(tokenizer.chat_template).render(
-            messages=messages,
-            add_generation_prompt=True,
-            bos_token=_content(tokenizer.config.get("bos_token")),
-            eos_token=_content(tokenizer.config.get("eos_token")),
-        )
-    except TemplateError as error:
-        raise ValueError(f"the chat template refuses this conversation: {error}") from None
+def _template(given: Any) -> str:
+    """The template that a model answers with: the one there is, or of a list of them the one that is called default."""
+    if isinstance(given, list):
+        given = next((t.get("template") for t in given if isinstance(t, dict) and t.get("name") == "default"), None)
+    if not isinstance(given, str):
+        raise ValueError("the chat_template of this model is no text, and no list with one that is called default")
+    return given
 
 
 def _content(token: Any) -> str:
-    return token.get("content", "") if isinstance(token, dict) else token or ""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else ""
 
 
 def fitted(tokenizer: Tokenizer, messages: list[Message], room: int) -> tuple[list[Message], list[int]]:

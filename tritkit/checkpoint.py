@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from .files import atomic_open
+from .jsonfile import read_object, shown
 from .layouts import LAYOUTS, Packed, Unpacked
 from .models.config import ModelConfig, config_from_hf
 from .tensorfile import LazyTensor, StoredTensor, TensorFile, write_tensors
@@ -173,21 +174,11 @@ def _module(key: str) -> str:
     return key.rpartition(".")[0]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return tree
-
-
 def read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
     """config.json of a folder, as it is and as tritkit understands it."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is no model folder: it has no config.json")
-    hf = read_json(folder / "config.json")
+    hf = read_object(folder / "config.json")
     weights, activations = _formats_of(hf)
     config = config_from_hf({**hf, "model_type": str(hf.get("model_type")).removeprefix(OWN)}, weights, activations)
     return hf, config
@@ -238,7 +229,7 @@ def require_complete(folder: ModelFolder) -> None:
 def _quantization(hf: dict[str, Any]) -> dict[str, Any] | None:
     q = hf.get("quantization_config")
     if q is not None and not isinstance(q, dict):
-        raise ValueError(f"quantization_config of config.json is {q!r}, expected an object")
+        raise ValueError(f"quantization_config of config.json is {shown(q)}, expected an object")
     return q
 
 
@@ -249,9 +240,12 @@ def _formats_of(hf: dict[str, Any]) -> tuple[str | None, str | None]:
         return None, None
     method = q.get("quant_method")
     if method == "tritkit":
-        return q.get("weights"), q.get("activations")
+        formats = q.get("weights"), q.get("activations")
+        if not all(name is None or isinstance(name, str) for name in formats):
+            raise ValueError(f"config.json has the formats {shown(formats)}, expected names")
+        return formats
     if method != "bitnet":
-        raise ValueError(f"config.json has quant_method {method!r}; tritkit reads 'bitnet' and 'tritkit'")
+        raise ValueError(f"config.json has quant_method {shown(method)}; tritkit reads 'bitnet' and 'tritkit'")
     return "ternary", "a8"
 
 
@@ -265,26 +259,26 @@ def _layouts_of(hf: dict[str, Any], config: ModelConfig) -> dict[str, str]:
         found = dict.fromkeys(low_bit, q["layout"]) if q.get("layout") is not None else {}
         others = q.get("layouts") or {}
         if not isinstance(others, dict):
-            raise ValueError(f"config.json has layouts {others!r}, expected a table of names")
+            raise ValueError(f"config.json has layouts {shown(others)}, expected a table of names")
         known = set(matrix_names(config))
         for name, layout in others.items():
             if name not in known:
-                raise ValueError(f"config.json has a layout for {name!r}, which is no matrix of this model")
+                raise ValueError(f"config.json has a layout for {shown(name)}, which is no matrix of this model")
             found.pop(name, None)
             if layout is not None:
                 found[name] = layout
         for layout in found.values():
             if not isinstance(layout, str) or layout not in LAYOUTS:
-                raise ValueError(f"config.json has layout {layout!r}; known are {', '.join(LAYOUTS)}")
+                raise ValueError(f"config.json has layout {shown(layout)}; known are {', '.join(LAYOUTS)}")
         return found
     linear_class = q.get("linear_class", "bitlinear")
     mode = q.get("quantization_mode", "offline")
     if mode not in ("online", "offline"):
-        raise ValueError(f"config.json has quantization_mode {mode!r}; known are 'online' and 'offline'")
+        raise ValueError(f"config.json has quantization_mode {shown(mode)}; known are 'online' and 'offline'")
     if linear_class == "autobitlinear" and mode == "online":
         return {}
     if linear_class not in ("bitlinear", "autobitlinear"):
-        raise ValueError(f"config.json has linear_class {linear_class!r}; known are 'bitlinear' and 'autobitlinear'")
+        raise ValueError(f"config.json has linear_class {shown(linear_class)}, known are 'bitlinear', 'autobitlinear'")
     return dict.fromkeys(low_bit, f"hf_{linear_class}")
 
 
@@ -292,7 +286,7 @@ class _Shards(dict[str, StoredTensor]):
     """The tensors of several files by name."""
 
     def __missing__(self, name: str) -> StoredTensor:
-        raise ValueError(f"no file of this model has a tensor {name!r}")
+        raise ValueError(f"no file of this model has a tensor {shown(name)}")
 
 
 def _tensor_files(path: Path) -> Mapping[str, StoredTensor]:
@@ -308,8 +302,14 @@ def _tensor_files(path: Path) -> Mapping[str, StoredTensor]:
                 "model.safetensors; tritkit reads only that"
             )
         raise ValueError(f"{path} is no model folder: it has no model.safetensors")
-    names = read_json(index).get("weight_map", {})
-    files = {file: TensorFile(path / Path(file).name) for file in sorted(set(names.values()))}
+    names = read_object(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
+        raise ValueError(f"{index} has no weight_map of files by tensor")
+    files = {}
+    for file in sorted(set(names.values())):
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise ValueError(f"{index} names {shown(file)}, which is no safetensors file beside it")
+        files[file] = TensorFile(path / file)
     return _Shards({name: files[file][name] for name, file in names.items()})
 
 

@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"there is no verb {verb!r}; {hint}")
         return VERBS[verb](arguments[1:]) or 0
     except (ValueError, FileNotFoundError, MemoryError) as error:
-        print(f"tritkit: {error}", file=sys.stderr)
+        print(f"tritkit: {sentence(error)}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # whoever read our output has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -56,6 +56,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ntritkit: stopped", file=sys.stderr)
         return 130
+
+
+def sentence(error: BaseException) -> str:
+    """What an error says, in one line and without control characters: it may quote a file of a stranger."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def overview() -> str:

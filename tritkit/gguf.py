@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .jsonfile import shown
+
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)  # they differ in nothing that little-endian files have
 ALIGNMENT = 32
@@ -183,32 +185,32 @@ class _Cursor:
         if kind == STRING:
             return self._strings(count, key)
         if kind == ARRAY:
-            raise self.refuse(f"{key} is an array of arrays")
+            raise self.refuse(f"{shown(key)[1:-1]} is an array of arrays")
         dtype = np.dtype(self._scalar(kind, key)[1])
         if count > self.left // dtype.itemsize:
-            raise self.refuse(f"{key} claims {count} values, but {self.left} bytes are left")
+            raise self.refuse(f"{shown(key)[1:-1]} claims {count} values, but {self.left} bytes are left")
         values = np.frombuffer(self.data, dtype, count, self.at)
         self.at += values.nbytes
         return values
 
     def _scalar(self, kind: int, key: str) -> tuple[str, Any]:
         if kind not in SCALARS:
-            raise self.refuse(f"{key} has a value of the unknown type {kind}")
+            raise self.refuse(f"{shown(key)[1:-1]} has a value of the unknown type {kind}")
         return SCALARS[kind]
 
     def _strings(self, count: int, key: str) -> Strings:
         if count > self.left // 8:
-            raise self.refuse(f"{key} claims {count} strings, but {self.left} bytes are left")
+            raise self.refuse(f"{shown(key)[1:-1]} claims {count} strings, but {self.left} bytes are left")
         starts = np.empty(count, np.uint64)
         at, end, length_at = self.at, len(self.data), struct.Struct("<Q").unpack_from
         for i in range(count):
             if end - at < 8:
-                raise self.refuse(f"it ends within {key}")
+                raise self.refuse(f"it ends within {shown(key)[1:-1]}")
             starts[i] = at
             (length,) = length_at(self.data, at)
             at += 8 + length
             if at > end:
-                raise self.refuse(f"{key} has a string of {length} bytes that goes beyond the file")
+                raise self.refuse(f"{shown(key)[1:-1]} has a string of {length} bytes that goes beyond the file")
         self.at = at
         return Strings(self.data, starts)
 
@@ -247,11 +249,11 @@ class GGUFFile(Mapping[str, GGUFTensor]):
         for _ in range(keys):
             key = cursor.text(LONGEST_NAME)
             if key in self.metadata:
-                raise cursor.refuse(f"the key {key!r} occurs twice")
+                raise cursor.refuse(f"the key {shown(key)} occurs twice")
             self.metadata[key] = cursor.value(key)
         alignment = self.metadata.get("general.alignment", ALIGNMENT)
         if type(alignment) is not int or not 8 <= alignment <= 1 << 20 or alignment & (alignment - 1):
-            raise cursor.refuse(f"general.alignment is {alignment!r}, which is no power of two from 8")
+            raise cursor.refuse(f"general.alignment is {shown(alignment)}, which is no power of two from 8")
         self._entries: dict[str, _Entry] = {}
         for _ in range(tensors):
             self._read_entry(cursor)
@@ -262,12 +264,12 @@ class GGUFFile(Mapping[str, GGUFTensor]):
         name = cursor.text(LONGEST_NAME)
         dimensions = cursor.number("<I")
         if name in self._entries:
-            raise cursor.refuse(f"the tensor {name!r} occurs twice")
+            raise cursor.refuse(f"the tensor {shown(name)} occurs twice")
         if dimensions > MOST_DIMENSIONS:
-            raise cursor.refuse(f"the tensor {name!r} has {dimensions} dimensions")
+            raise cursor.refuse(f"the tensor {shown(name)} has {dimensions} dimensions")
         shape = tuple(cursor.number("<Q") for _ in range(dimensions))[::-1]
         if math.prod(max(side, 1) for side in shape) > LARGEST_TENSOR:
-            raise cursor.refuse(f"the tensor {name!r} has the shape {shape}")
+            raise cursor.refuse(f"the tensor {shown(name)} has the shape {shape}")
         self._entries[name] = _Entry(cursor.number("<I"), shape, cursor.number("<Q"))
 
     def _check_places(self, cursor: _Cursor) -> None:
@@ -279,16 +281,18 @@ class GGUFFile(Mapping[str, GGUFTensor]):
             try:
                 nbytes = tensor_bytes(TYPES[entry.type], entry.shape)
             except ValueError as error:
-                raise cursor.refuse(f"the tensor {name!r}: {error}") from None
+                raise cursor.refuse(f"the tensor {shown(name)}: {error}") from None
             begin = self._start + entry.offset
             if begin + nbytes > len(self._bytes):
-                raise cursor.refuse(f"the tensor {name!r} claims {nbytes} bytes from {begin} of {len(self._bytes)}")
+                raise cursor.refuse(
+                    f"the tensor {shown(name)} claims {nbytes} bytes from {begin} of {len(self._bytes)}"
+                )
             if nbytes:
                 spans.append((begin, begin + nbytes, name))
         spans.sort()
         for (_, end, first), (begin, _, second) in itertools.pairwise(spans):
             if begin < end:
-                raise cursor.refuse(f"the tensors {first!r} and {second!r} overlap")
+                raise cursor.refuse(f"the tensors {shown(first)} and {shown(second)} overlap")
 
     def type_of(self, name: str) -> str:
         """ggml's name of a tensor's type, lower case; "type 99" where it is not known."""
@@ -305,10 +309,10 @@ class GGUFFile(Mapping[str, GGUFTensor]):
 
     def __getitem__(self, name: str) -> GGUFTensor:
         if name not in self._entries:
-            raise ValueError(f"{self.path} has no tensor {name!r}")
+            raise ValueError(f"{self.path} has no tensor {shown(name)}")
         entry = self._entries[name]
         if entry.type not in TYPES:
-            raise ValueError(f"{self.path}: the tensor {name!r} has the unknown {self.type_of(name)}")
+            raise ValueError(f"{self.path}: the tensor {shown(name)} has the unknown {self.type_of(name)}")
         kind = TYPES[entry.type]
         begin = self._start + entry.offset
         return GGUFTensor(kind.name, entry.shape, self._bytes[begin : begin + tensor_bytes(kind, entry.shape)])

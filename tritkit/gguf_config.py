@@ -14,6 +14,7 @@ import numpy as np
 
 from .checkpoint import ModelFolder
 from .gguf import GGUFFile, as_array
+from .jsonfile import shown
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ ARCHITECTURES = {
 }
 
 ROPE_FACTORS = "rope_freqs.weight"  # what llama3's rotary scaling divides each frequency by
+LARGEST_NUMBER = 3e38  # what a float32 can be
 # general.file_type: what most of a file is.
 FILE_TYPES = {
     **{"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "bf16": 32},
@@ -77,24 +79,26 @@ NEUTRAL = {
 def config_of(file: GGUFFile) -> dict[str, Any]:
     """The metadata as Hugging Face's config.json would say it."""
     name = file.metadata.get("general.architecture")
-    if name not in ARCHITECTURES:
-        raise ValueError(f"{file.path} has the architecture {name!r}; tritkit runs {', '.join(ARCHITECTURES)}")
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        raise ValueError(f"{file.path} has the architecture {shown(name)}; tritkit runs {', '.join(ARCHITECTURES)}")
     architecture = ARCHITECTURES[name]
     meta = _Keys(file, name)
     for key in file.metadata:
         inner = key.removeprefix(f"{name}.")
         if inner != key and inner not in READ and meta.get(inner) not in (0, NEUTRAL.get(inner)):
-            raise ValueError(f"{file.path} has {key} = {meta.get(inner)}, which tritkit does not run")
+            raise ValueError(f"{file.path} has {shown(key)[1:-1]} = {meta.show(inner)}, which tritkit does not run")
     hidden, heads = meta.count("embedding_length"), meta.count("attention.head_count")
     head_dim = meta.count("attention.key_length", hidden // max(heads, 1))
     context = meta.count("context_length")
     for key, wanted in (("attention.value_length", head_dim), ("rope.dimension_count", head_dim)):
         if meta.count(key, wanted) != wanted:
-            raise ValueError(f"{file.path} has {name}.{key} = {meta.get(key)}, but its heads have {head_dim} values")
+            raise ValueError(f"{file.path} has {name}.{key} = {meta.show(key)}, but its heads have {head_dim} values")
     vocabulary = file.shape_of("token_embd.weight") if "token_embd.weight" in file else ()
     if len(vocabulary) != 2:
         raise ValueError(f"{file.path} has no matrix token_embd.weight: it holds no whole model")
     base = meta.number("rope.freq_base", 10000.0)
+    if base <= 1:
+        raise ValueError(f"{file.path} has {name}.rope.freq_base = {base}, expected more than 1")
     return {
         "model_type": architecture.family,
         "hidden_act": architecture.hidden_act,
@@ -130,18 +134,22 @@ class _Keys:
             return value[0].item()
         return value
 
+    def show(self, key: str) -> str:
+        value = self.get(key)
+        return shown(value).strip("'")
+
     def count(self, key: str, default: int | None = None) -> int:
         value = self.get(key)
         value = default if value is None else value
         if type(value) is not int or value < 0:
-            raise ValueError(f"{self.file.path} has {self.architecture}.{key} = {value!r}, expected a number")
+            raise ValueError(f"{self.file.path} has {self.architecture}.{key} = {shown(value)}, expected a number")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self.get(key)
         value = default if value is None else value
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"{self.file.path} has {self.architecture}.{key} = {value!r}, expected a number")
+        if not isinstance(value, int | float) or not abs(value) < LARGEST_NUMBER:
+            raise ValueError(f"{self.file.path} has {self.architecture}.{key} = {shown(value)}, expected a number")
         return shortest(float(value))
 
 
@@ -154,16 +162,20 @@ def _rope_scaling(meta: _Keys, file: GGUFFile, base: float, head_dim: int, conte
     """Rotary scaling in Hugging Face's words."""
     kind = meta.get("rope.scaling.type") or "none"
     factor = meta.number("rope.scaling.factor", 1.0) or 1.0
+    if factor < 0:
+        raise ValueError(
+            f"{file.path} has {meta.architecture}.rope.scaling.factor = {factor}, expected a number above 0"
+        )
     if ROPE_FACTORS in file:
         if kind not in ("none", "linear") or factor != 1:
-            raise ValueError(f"{file.path} has both {ROPE_FACTORS} and rotary scaling {kind!r}")
+            raise ValueError(f"{file.path} has both {ROPE_FACTORS} and rotary scaling {shown(kind)}")
         return llama3_scaling(as_array(file[ROPE_FACTORS])[1].astype(np.float64), base, head_dim, file.path)
     if kind == "none" or (kind == "linear" and factor == 1):
         return {"rope_type": "default"}
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}
     if kind != "yarn":
-        raise ValueError(f"{file.path} has rotary scaling {kind!r}; tritkit runs linear, llama3 and yarn")
+        raise ValueError(f"{file.path} has rotary scaling {shown(kind)}; tritkit runs linear, llama3 and yarn")
     found: dict[str, Any] = {
         "rope_type": "yarn",
         "factor": factor,
@@ -185,6 +197,8 @@ def llama3_scaling(factors: np.ndarray, base: float, head_dim: int, path: Path) 
     if (factors == 1).all():
         return {"rope_type": "default"}
     factor = float(round(factors.max(), 4))
+    if not 0 < factor < 1e6:
+        raise ValueError(f"{path}: {ROPE_FACTORS} has values up to {factors.max():g}, expected a number from 1 up")
     for low, high, original in ((1, 4, 8192), *((1, h, 1 << n) for h in (4, 2, 8, 16) for n in range(9, 21))):
         if np.allclose(llama3_factors(factor, low, high, original, base, head_dim), factors, rtol=1e-4):
             return {

@@ -7,14 +7,16 @@ half a head away, so there the rows of q and k lie in another order. They are re
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from .checkpoint import OWN, ModelFolder, linear_names, quantization_config, require_complete
-from .gguf import FLOAT_TYPES, GGUFFile, as_array
+from .gguf import FLOAT_TYPES, GGUFFile, Strings, as_array
 from .gguf_config import ARCHITECTURES, ROPE_FACTORS, config_of
+from .jsonfile import shown
 from .layouts import GGML, Packed
 from .layouts.i2s import detect_i2s, layer_evidence
 from .models.config import ModelConfig, config_from_hf
@@ -37,6 +39,7 @@ IN_LAYER = {
     "ffn_down": "mlp.down_proj",
 }
 OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+LAYER = re.compile("0|[1-9][0-9]{0,5}")  # a number that no other name of a tensor could mean
 
 
 def hf_name(name: str) -> str | None:
@@ -46,7 +49,7 @@ def hf_name(name: str) -> str | None:
         return f"{OUTSIDE[stem]}.{end}"
     block, _, inner = stem.partition(".")
     number, _, inner = inner.partition(".")
-    if block == "blk" and number.isdigit() and inner in IN_LAYER:
+    if block == "blk" and LAYER.fullmatch(number) and inner in IN_LAYER:
         return f"model.layers.{int(number)}.{IN_LAYER[inner]}.{end}"
     return None
 
@@ -84,7 +87,7 @@ class _Tensors(Mapping[str, StoredTensor]):
             if ours is not None:
                 self.names[ours] = name
             elif name != ROPE_FACTORS:
-                raise ValueError(f"{file.path} has the tensor {name!r}, which tritkit does not know how to use")
+                raise ValueError(f"{file.path} has the tensor {shown(name)}, which tritkit does not know how to use")
 
     def __getitem__(self, name: str) -> StoredTensor:
         stem, _, end = name.rpartition(".")
@@ -93,11 +96,15 @@ class _Tensors(Mapping[str, StoredTensor]):
             codes = math.prod(tensor.shape) // 4
             return StoredTensor("F32", tensor.data[codes : codes + 4].view(np.float32))
         if name not in self.names:
-            raise ValueError(f"{self.file.path} has no tensor {name!r}")
+            raise ValueError(f"{self.file.path} has no tensor {shown(name)}")
         tensor = self.file[self.names[name]]
         dtype, array = as_array(tensor)
         heads = self.orders.get(stem.rpartition(".")[2])
-        return StoredTensor(dtype, array if heads is None else array[pairs_to_halves(len(array), heads)])
+        if heads is None:
+            return StoredTensor(dtype, array)
+        if not array.ndim or len(array) % (2 * heads):
+            raise ValueError(f"{self.file.path}: {name} has the shape {array.shape}, which {heads} heads cannot share")
+        return StoredTensor(dtype, array[pairs_to_halves(len(array), heads)])
 
     def __contains__(self, name: object) -> bool:
         stem, _, end = str(name).rpartition(".")
@@ -129,13 +136,15 @@ def open_gguf(path: Path | str, i2_s: str | None = None) -> ModelFolder:
     tensors = _Tensors(file, heads if ARCHITECTURES[name].pairs else {})
     layouts = {}
     if any(file.type_of(theirs) == "i2_s" for theirs in file):
-        i2_s = i2_s or _i2_s_order(tensors, base.num_hidden_layers)
+        i2_s = i2_s or _i2_s_order(tensors)
     for ours, theirs in tensors.names.items():
         kind = file.type_of(theirs)
+        if not math.prod(file.shape_of(theirs)):
+            raise ValueError(f"{path}: the tensor {shown(theirs)} is empty: its shape is {file.shape_of(theirs)}")
         if kind in FLOAT_TYPES:
             continue
         if len(file.shape_of(theirs)) != 2 or not ours.endswith(".weight"):
-            raise ValueError(f"{path}: the tensor {theirs!r} is {kind} {file.shape_of(theirs)}, expected floats")
+            raise ValueError(f"{path}: the tensor {shown(theirs)} is {kind} {file.shape_of(theirs)}, expected floats")
         layouts[ours.removesuffix(".weight")] = _layout_of(file, theirs, i2_s)
     weights = _weights_of(base, tensors, layouts)
     config = config_from_hf(hf, weights, None if weights is None else "a8")
@@ -144,14 +153,17 @@ def open_gguf(path: Path | str, i2_s: str | None = None) -> ModelFolder:
         hf = {**hf, "quantization_config": q}
         if q["quant_method"] == "tritkit":
             hf |= {"model_type": OWN + config.family, "architectures": ["TritkitForCausalLM"]}
-    opened = ModelFolder(Path(path), config, hf, layouts, tensors, "gguf", lambda: _tokenizer(file))
+    opened = ModelFolder(Path(path), config, hf, layouts, tensors, "gguf", lambda: _tokenizer(file, config.vocab_size))
     require_complete(opened)
     return opened
 
 
-def _tokenizer(file: GGUFFile):
+def _tokenizer(file: GGUFFile, rows: int):
     from .gguf_tokenizer import tokenizer_from_gguf
 
+    listed = file.metadata.get("tokenizer.ggml.tokens")
+    if isinstance(listed, Strings) and len(listed) > rows:  # before anything is made of them
+        raise ValueError(f"{file.path} has {len(listed)} tokens, but its embedding has {rows} rows")
     try:
         return tokenizer_from_gguf(file.plain_metadata("tokenizer."))
     except ValueError as error:
@@ -165,33 +177,32 @@ def _layout_of(file: GGUFFile, name: str, i2_s: str | None) -> str:
     if kind not in GGML:
         known = ", ".join(k.upper() for k in (*FLOAT_TYPES, *GGML, "i2_s"))
         raise ValueError(
-            f"{file.path}: the tensor {name!r} has the type {kind.upper()}, which tritkit does not run; it runs {known}"
+            f"{file.path}: the tensor {shown(name)} has the type {kind.upper()}, which tritkit does not run; "
+            f"it runs {known}"
         )
     return kind
 
 
-def _i2_s_order(tensors: _Tensors, layers: int) -> str:
+def _i2_s_order(tensors: _Tensors) -> str:
     """ "x86" or "arm", by the content; ValueError where that does not tell."""
-    evidence = []
-    for i in range(layers):
-        prefix = f"model.layers.{i}."
-        linears, norms = {}, {}
-        for name in tensors.names:
-            inner = name.removeprefix(prefix).removesuffix(".weight")
-            if not name.startswith(prefix) or not name.endswith(".weight"):
-                continue
-            if inner.endswith("norm"):
-                norms[inner] = tensors[name].float32()
-            elif tensors.file.type_of(tensors.names[name]) == "i2_s":
-                linears[inner] = tensors[name].array
-        evidence += layer_evidence(linears, norms)
-    found = detect_i2s(evidence)
-    if found is None:
+    found: dict[str, tuple[dict, dict]] = {}  # linears and norms by layer
+    for name in tensors.names:
+        if not name.startswith("model.layers.") or not name.endswith(".weight"):
+            continue
+        number, _, inner = name.removeprefix("model.layers.").removesuffix(".weight").partition(".")
+        linears, norms = found.setdefault(number, ({}, {}))
+        if inner.endswith("norm"):
+            norms[inner] = tensors[name].float32()
+        elif tensors.file.type_of(tensors.names[name]) == "i2_s":
+            linears[inner] = tensors[name].array
+    evidence = [each for linears, norms in found.values() for each in layer_evidence(linears, norms)]
+    order = detect_i2s(evidence)
+    if order is None:
         raise ValueError(
             f"{tensors.file.path} has I2_S codes, and their order, which depends on the CPU of who wrote them, cannot "
             "be told from the content: say --i2-s x86 (bitnet.cpp's converter and published files) or --i2-s arm"
         )
-    return found.removeprefix("i2_s_")
+    return order.removeprefix("i2_s_")
 
 
 def _weights_of(config: ModelConfig, tensors: _Tensors, layouts: Mapping[str, str]) -> str | None:

@@ -34,7 +34,8 @@ from .gguf_vocab import (
     token_types,
     without_padding,
 )
-from .tokenizer import Tokenizer
+from .jsonfile import shown
+from .tokenizer import Tokenizer, refusing
 
 
 def tokenizer_from_gguf(fields: Mapping[str, Any]) -> Tokenizer:
@@ -56,7 +57,8 @@ def tokenizer_from_gguf(fields: Mapping[str, Any]) -> Tokenizer:
         add_bos = True
     else:
         raise ValueError(
-            f"the tokenizer is of kind {model!r}; known are 'gpt2' (byte-level BPE) and 'llama' (SentencePiece's BPE)"
+            f"the tokenizer is of kind {shown(model)}; known are 'gpt2' (byte-level BPE) and "
+            "'llama' (SentencePiece's BPE)"
         )
     ids = {role: read.id(key, len(tokens)) for role, key in ROLES.items()}
     ids = {role: defaults.get(role) if i is None else i for role, i in ids.items()}
@@ -91,7 +93,7 @@ def _byte_level(tokens: list[str], merges: list[str], cut: pretokenizers.Cut) ->
     for i, merge in enumerate(merges):
         left, space, right = merge.partition(" ")
         if not (space and left in ids and right in ids and left + right in ids):
-            raise ValueError(f"merge {i} does not make a token of two tokens: {merge[:100]!r}")
+            raise ValueError(f"merge {i} does not make a token of two tokens: {shown(merge[:100])}")
         pairs.setdefault((left, right))
     return {
         "normalizer": None,
@@ -128,14 +130,8 @@ def _assemble(
     named = {tokens[i]: {"id": tokens[i], "ids": [i], "tokens": [tokens[i]]} for i in (before, after) if i is not None}
     post = {"type": "TemplateProcessing", "single": template("A"), "pair": template("A", "B"), "special_tokens": named}
     tree = {"version": "1.0", "added_tokens": added, "post_processor": post if named else None, **parts}
-    try:
+    with refusing("the tokenizers library refuses this tokenizer"):
         return HFTokenizer.from_str(json.dumps(tree))
-    except Exception as error:  # tokenizers raises a bare Exception for whatever is wrong
-        raise ValueError(f"the tokenizers library refuses this tokenizer: {error}") from None
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":  # what a panic of its Rust becomes
-            raise
-        raise ValueError(f"the tokenizers library refuses this tokenizer: {error}") from None
 
 
 def tokenizer_from_llama2c(path: Path | str, vocab_size: int) -> Tokenizer:
@@ -169,7 +165,7 @@ def _to_gguf(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
         raise ValueError(f"it is {model['type']}, and only BPE can be")
     for setting in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(setting):
-            raise ValueError(f"its {setting} is {model[setting]!r}, and GGUF has no such setting")
+            raise ValueError(f"its {setting} is {shown(model[setting])}, and GGUF has no such setting")
     tokens, types = _listed(tree, vocab_size)
     merges = [tuple(m.split(" ", 1) if isinstance(m, str) else m) for m in model["merges"]]
     special = {token["content"] for token in tree["added_tokens"]}
@@ -182,12 +178,15 @@ def _to_gguf(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
             raise ValueError("it has no token for every byte, and GGUF's SentencePiece kind needs them")
         types[[ids[b] for b in spm.BYTES]] = BYTE
         if model["unk_token"] is not None:
+            if model["unk_token"] not in ids:
+                raise ValueError(f"its unknown token {shown(model['unk_token'])} is no token")
             types[ids[model["unk_token"]]] = UNKNOWN
         fields = {"model": "llama", "pre": "default", "add_space_prefix": prefix}
         fields["scores"] = _spread(scores, types)
     else:
         if any(step["type"] != "NFC" for step in _steps(tree["normalizer"])):
-            raise ValueError(f"its normalizer changes a text in a way that GGUF has no name for: {tree['normalizer']}")
+            change = shown(tree["normalizer"])
+            raise ValueError(f"its normalizer changes a text in a way that GGUF has no name for: {change}")
         names = pretokenizers.names_of(pretokenizers.patterns_of(tree["pre_tokenizer"]))
         fields = {"model": "gpt2", "pre": _pre(names, bool(model.get("ignore_merges")), tree)}
         fields["merges"] = [" ".join(pair) for pair in merges]
@@ -216,13 +215,13 @@ def _listed(tree: dict[str, Any], vocab_size: int) -> tuple[list[str], np.ndarra
     for token in tree["added_tokens"]:
         for flag in ("lstrip", "rstrip", "single_word"):
             if token[flag]:
-                raise ValueError(f"its token {token['content']!r} is {flag}, and GGUF has no such setting")
+                raise ValueError(f"its token {shown(token['content'])} is {flag}, and GGUF has no such setting")
         texts[token["content"]] = (token["id"], CONTROL if token["special"] else USER_DEFINED)
     for text, (i, kind) in texts.items():
         if i >= vocab_size:
-            raise ValueError(f"its token {i} ({text!r}) has no row in the embedding of {vocab_size} rows")
+            raise ValueError(f"its token {i} ({shown(text)}) has no row in the embedding of {vocab_size} rows")
         if types[i] != UNUSED:
-            raise ValueError(f"its tokens {tokens[i]!r} and {text!r} have the same id {i}")
+            raise ValueError(f"its tokens {shown(tokens[i])} and {shown(text)} have the same id {i}")
         tokens[i], types[i] = text, kind
     if len(set(tokens)) != len(tokens):
         raise ValueError("a token has the text of an unused one, [PAD...]")
@@ -244,7 +243,7 @@ def _pre(names: dict[bool, str], ignore_merges: bool, tree: dict[str, Any]) -> s
         if len(plain.tokenize(token)) != 1:
             raise ValueError(
                 f"ignore_merges is {str(ignore_merges).lower()}, which llama.cpp does not do for a pre-tokenizer like "
-                f"this, and it matters: the merges do not make the token {token!r}"
+                f"this, and it matters: the merges do not make the token {shown(token)}"
             )
     return names[not ignore_merges]
 
@@ -270,7 +269,9 @@ def _roles(tokenizer: Tokenizer, model: dict[str, Any]) -> dict[str, Any]:
         if put and ids[role] is None:
             ids[role] = put[0]
         if put not in ([], [ids[role]]):
-            raise ValueError(f"it puts the tokens {put} around a text, and GGUF can only put BOS before, EOS after it")
+            raise ValueError(
+                f"it puts the tokens {shown(put)} around a text, and GGUF can only put BOS before, EOS after it"
+            )
         flags[f"add_{role}_token"] = bool(put)
     known = {inner.token_to_id(t) for t in ends_by_text(inner.get_vocab())}
     others = [i for i in tokenizer.stop_ids if i != ids["eos"] and i not in known]

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from .jsonfile import shown
 from .spm import LONGEST_TOKEN
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of tokens
@@ -86,7 +87,7 @@ def check_tokens(tokens: list[str]) -> None:
         if len(token) > LONGEST_TOKEN:
             raise ValueError(f"token {i} is {len(token)} characters long, at most {LONGEST_TOKEN} are expected")
         if seen.setdefault(token, i) != i:
-            raise ValueError(f"tokens {seen[token]} and {i} are the same: {token!r}")
+            raise ValueError(f"tokens {seen[token]} and {i} are the same: {shown(token)}")
 
 
 def token_types(read: Fields, tokens: list[str]) -> np.ndarray:

@@ -29,7 +29,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from .checkpoint import read_config, read_json
+from .checkpoint import read_config
+from .jsonfile import read_object
 from .progress import progress
 from .tokenizer import Tokenizer
 
@@ -121,7 +122,7 @@ class Repository:
         if self.files is not None:
             weights = ["model.safetensors"]
             if weights[0] not in self.files:
-                index = read_json(folder / "model.safetensors.index.json").get("weight_map")
+                index = read_object(folder / "model.safetensors.index.json").get("weight_map")
                 weights = sorted({str(file) for file in index.values()}) if isinstance(index, dict) else []
             self._require_room(weights)
             self._fetch(weights)

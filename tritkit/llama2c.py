@@ -59,18 +59,6 @@ def open_llama2c(path: Path | str, tokenizer: Path | str | None = None) -> Model
     wanted = HEADER.size + 4 * sum(math.prod(shape) for _, shape in parts)
     if size != wanted:
         raise ValueError(f"{refusal}it would have {wanted} bytes, but it has {size}")
-    values = raw[HEADER.size :].view(np.float32)
-    tensors, at = {}, 0
-    for name, shape in parts:
-        part = values[at : at + math.prod(shape)].reshape(shape)
-        at += part.size
-        if name.startswith(("model.", "lm_head")):
-            tensors[f"{name}.weight"] = StoredTensor("F32", part)
-        elif name:
-            order = {"self_attn.q_proj": heads, "self_attn.k_proj": kv_heads}.get(name)
-            for i, layer in enumerate(part):
-                rows = layer if order is None else layer[pairs_to_halves(len(layer), order)]
-                tensors[f"model.layers.{i}.{name}.weight"] = StoredTensor("F32", rows)
     hf = {
         "model_type": "llama",
         "vocab_size": vocabulary,
@@ -85,6 +73,18 @@ def open_llama2c(path: Path | str, tokenizer: Path | str | None = None) -> Model
         "tie_word_embeddings": tied,
     }
     config = config_from_hf(hf, None, None)
+    values = raw[HEADER.size :].view(np.float32)
+    tensors, at = {}, 0
+    for name, shape in parts:
+        part = values[at : at + math.prod(shape)].reshape(shape)
+        at += part.size
+        if name.startswith(("model.", "lm_head")):
+            tensors[f"{name}.weight"] = StoredTensor("F32", part)
+        elif name:
+            order = {"self_attn.q_proj": heads, "self_attn.k_proj": kv_heads}.get(name)
+            for i, layer in enumerate(part):
+                rows = layer if order is None else layer[pairs_to_halves(len(layer), order)]
+                tensors[f"model.layers.{i}.{name}.weight"] = StoredTensor("F32", rows)
     return ModelFolder(path, config, hf, {}, tensors, "llama2.c", lambda: _tokenizer(path, vocabulary, tokenizer))
 
 

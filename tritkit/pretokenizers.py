@@ -17,6 +17,8 @@ from typing import Any
 
 from tokenizers import pre_tokenizers
 
+from .jsonfile import shown
+
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 CONTRACTIONS = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -172,7 +174,7 @@ def patterns_of(tree: dict[str, Any] | None) -> tuple[str, ...]:
         elif step["type"] == "ByteLevel" and last and not step["add_prefix_space"]:
             found += [GPT2] if step["use_regex"] else []
         else:
-            raise ValueError(f"its pre-tokenizer has a step that GGUF has no name for: {step}")
+            raise ValueError(f"its pre-tokenizer has a step that GGUF has no name for: {shown(step)}")
     return tuple(found)
 
 
@@ -183,5 +185,6 @@ def names_of(patterns: tuple[str, ...]) -> dict[bool, str]:
         if cut.patterns == patterns:
             found.setdefault(cut.ignore_merges, name)
     if not found:
-        raise ValueError(f"its pre-tokenizer cuts by expressions that GGUF has no name for: {' then '.join(patterns)}")
+        cuts = shown(" then ".join(patterns))
+        raise ValueError(f"its pre-tokenizer cuts by expressions that GGUF has no name for: {cuts}")
     return found

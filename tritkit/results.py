@@ -9,6 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from . import jsonfile
+
 SCHEMA = 1
 
 
@@ -61,10 +63,7 @@ def read(folder: Path | str) -> list[dict[str, Any]]:
     path = Path(folder) / "results.json"
     if not path.is_file():
         return []
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    tree = jsonfile.read(path)
     check(tree, path)
     return tree["runs"]
 

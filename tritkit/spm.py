@@ -13,6 +13,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from .jsonfile import shown
+
 SPACE = "\u2581"  # what SentencePiece writes for a space
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 UNSAID = "its merges cannot be said by scores of tokens, as GGUF's SentencePiece kind does"
@@ -38,7 +40,7 @@ def merges_of(tokens: Sequence[str], scores: Sequence[float], skip: Collection[s
                 found.append((-scores[i], i, left, right))
                 room -= len(token)
             elif (left is not None or cut == 1) and (right is not None or cut == len(token) - 1):
-                raise ValueError(f"token {i} ({token!r}) is made of a character that is no token itself")
+                raise ValueError(f"token {i} ({shown(token)}) is made of a character that is no token itself")
     return [(tokens[left], tokens[right]) for _, _, left, right in sorted(found)]
 
 
@@ -51,7 +53,7 @@ def scores_of(tokens: Sequence[str], merges: Sequence[tuple[str, str]], skip: Co
         if whole in skip:
             continue
         if whole in rank and whole != last:
-            raise ValueError(f"{UNSAID}: {whole!r} is made by merges of different rank")
+            raise ValueError(f"{UNSAID}: {shown(whole)} is made by merges of different rank")
         rank.setdefault(whole, i)
         last = whole
     lowest = float(-len(merges) - 1)
@@ -59,7 +61,7 @@ def scores_of(tokens: Sequence[str], merges: Sequence[tuple[str, str]], skip: Co
     there = set(merges)
     for left, right in merges_of(tokens, scores, skip):
         if (left, right) not in there:
-            raise ValueError(f"{UNSAID}: {left!r} and {right!r} make a token but have no merge")
+            raise ValueError(f"{UNSAID}: {shown(left)} and {shown(right)} make a token but have no merge")
     return scores
 
 
@@ -103,10 +105,10 @@ def has_prefix(tree: dict[str, Any]) -> bool:
         elif step["type"] == "Replace" and step["pattern"] == {"String": " "} and step["content"] == SPACE:
             replaced = True
         else:
-            raise ValueError(f"its normalizer changes a text in a way that GGUF has no name for: {step}")
+            raise ValueError(f"its normalizer changes a text in a way that GGUF has no name for: {shown(step)}")
     for step in steps(tree["pre_tokenizer"], "pretokenizers"):
         if step["type"] != "Metaspace" or step["replacement"] != SPACE or step["split"]:
-            raise ValueError(f"its pre-tokenizer has a step that GGUF has no name for: {step}")
+            raise ValueError(f"its pre-tokenizer has a step that GGUF has no name for: {shown(step)}")
         prefix, replaced = prefix or step["prepend_scheme"] != "never", True
     if not replaced:
         raise ValueError(f"it does not write {SPACE!r} for a space, which GGUF's SentencePiece kind does")

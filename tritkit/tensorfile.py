@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .files import atomic_open
+from .jsonfile import parse, shown
 
 # How numpy sees each dtype of the file; BF16 has no numpy dtype and stays raw.
 DTYPES = {
@@ -67,10 +68,7 @@ class TensorFile(Mapping[str, StoredTensor]):
         (length,) = struct.unpack("<Q", self._bytes[:8].tobytes())
         if length > min(size - 8, LARGEST_HEADER):
             raise ValueError(f"{path} is not a safetensors file: its header claims {length} of {size} bytes")
-        try:
-            header = json.loads(self._bytes[8 : 8 + length].tobytes())
-        except (ValueError, RecursionError):
-            header = None
+        header = parse(self._bytes[8 : 8 + length].tobytes(), f"{path} is not a safetensors file: its header", size)
         if not isinstance(header, dict):
             raise ValueError(f"{path} is not a safetensors file: its header is not a JSON object")
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
@@ -81,7 +79,7 @@ class TensorFile(Mapping[str, StoredTensor]):
         spans = sorted((*self._span(name), name) for name in header)
         for (_, end, _), (begin, _, name) in itertools.pairwise(spans):
             if begin < end:
-                raise ValueError(f"{self.path}: tensor {name!r} lies over another one")
+                raise ValueError(f"{self.path}: tensor {shown(name)} lies over another one")
 
     def _span(self, name: str) -> tuple[int, int]:
         """First byte and end of a tensor, or ValueError where its entry is odd."""
@@ -90,12 +88,13 @@ class TensorFile(Mapping[str, StoredTensor]):
             size = np.dtype(DTYPES[entry["dtype"]]).itemsize
             shape, (begin, end) = list(entry["shape"]), entry["data_offsets"]
         except (KeyError, TypeError, ValueError):
-            raise ValueError(f"{self.path}: tensor {name!r} has an entry that is not understood") from None
+            raise ValueError(f"{self.path}: tensor {shown(name)} has an entry that is not understood") from None
         numbers = all(type(n) is int and n >= 0 for n in (*shape, begin, end)) and len(shape) <= MOST_SIDES
         if not numbers or math.prod(max(side, 1) for side in shape) > LARGEST_TENSOR:
-            raise ValueError(f"{self.path}: tensor {name!r} has an entry that is not understood")
+            raise ValueError(f"{self.path}: tensor {shown(name)} has an entry that is not understood")
         if not begin <= end <= len(self._bytes) - self._start or end - begin != math.prod(shape) * size:
-            raise ValueError(f"{self.path}: tensor {name!r} claims bytes {begin} to {end}, which do not fit {shape}")
+            claim = f"claims bytes {shown(begin)} to {shown(end)}, which do not fit {shown(shape)}"
+            raise ValueError(f"{self.path}: tensor {shown(name)} {claim}")
         return begin, end
 
     def _view(self, name: str) -> StoredTensor:

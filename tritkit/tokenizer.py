@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,11 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from .files import atomic_open
+from .jsonfile import read_object, shown
 
+LARGEST = 256 << 20  # bytes of a tokenizer.json; those of the largest vocabularies have some tens of MiB
+LARGEST_TEMPLATE = 1 << 20
+PROBE = "The cat \u2014 na\u00efve? 12\n"  # is encoded and decoded once when a tokenizer is loaded
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 
 
@@ -48,20 +53,31 @@ class Tokenizer:
         file = path if path.is_file() else path / "tokenizer.json"
         if not file.is_file():
             raise ValueError(f"{folder} has no tokenizer.json")
-        try:
-            inner = HFTokenizer.from_str(file.read_text(encoding="utf-8"))
-        except Exception as error:  # tokenizers raises a bare Exception for every malformed file
-            raise ValueError(f"{file} is not a tokenizer of the tokenizers library: {error}") from None
-        config = _read_object(file.with_name("tokenizer_config.json"))
+        if file.stat().st_size > LARGEST:
+            raise ValueError(f"{file} has {file.stat().st_size} bytes, more than any tokenizer needs")
+        config = _beside(file, "tokenizer_config.json")
+        for name in ("bos_token", "eos_token"):
+            token = config.get(name)
+            text = token.get("content") if isinstance(token, dict) else token
+            if text is not None and not is_text(text):
+                where = file.with_name("tokenizer_config.json")
+                raise ValueError(f"{where} has {name} {shown(token)}, expected a text")
         template = file.with_name("chat_template.jinja")
         if template.is_file():
-            config.setdefault("chat_template", template.read_text(encoding="utf-8"))
-        beside = file.with_name("generation_config.json")
-        stops = _read_object(beside).get("eos_token_id")
+            config.setdefault("chat_template", _text(template))
+        stops = _beside(file, "generation_config.json").get("eos_token_id")
         stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
-        if not all(type(i) is int and i >= 0 for i in stops):
-            raise ValueError(f"{beside}: eos_token_id is {stops}, expected numbers of tokens")
-        return cls(inner, config, stops)
+        if not all(type(i) is int and 0 <= i < 2**31 for i in stops):
+            where = file.with_name("generation_config.json")
+            raise ValueError(f"{where}: eos_token_id is {shown(stops)}, expected numbers of tokens")
+        with refusing(f"{file} is not a tokenizer of the tokenizers library"):
+            inner = HFTokenizer.from_file(str(file))
+            inner.no_padding()  # a text is what it is, whatever the file would make of its length
+            inner.no_truncation()
+            _require_whole(inner)
+            loaded = cls(inner, config, stops)
+        loaded.decode(loaded.encode(PROBE)[:100])
+        return loaded
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, advance: Callable[[int], None] = lambda n: None) -> Tokenizer:
@@ -103,14 +119,17 @@ class Tokenizer:
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids; ``special`` adds what the tokenizer puts around a text (BOS)."""
-        return self.inner.encode(text, add_special_tokens=special).ids
+        with refusing("this tokenizer cannot encode a text"):
+            return self.inner.encode(text, add_special_tokens=special).ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Ids without special tokens, on all cores."""
-        return [e.ids for e in self.inner.encode_batch(texts, add_special_tokens=False)]
+        with refusing("this tokenizer cannot encode a text"):
+            return [e.ids for e in self.inner.encode_batch(texts, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self.inner.decode(list(ids), skip_special_tokens=True)
+        with refusing("this tokenizer cannot decode its tokens"):
+            return self.inner.decode(list(ids), skip_special_tokens=True)
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Text as it becomes complete: a token may end inside a UTF-8 character.
@@ -132,15 +151,50 @@ class Tokenizer:
             yield rest
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, an empty one where there is no file."""
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """One sentence, ValueError, for whatever the tokenizers library raises: a bare Exception, a panic of its Rust."""
     try:
-        tree = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return tree
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:500]
+        raise ValueError(f"{what}: {reason}") from None
+
+
+def _require_whole(inner: HFTokenizer) -> None:
+    """ValueError where the library would panic when it encodes: a template with a token that its table lacks."""
+    steps = [] if inner.post_processor is None else [json.loads(inner.post_processor.__getstate__())]
+    while steps:
+        step = steps.pop()
+        steps += step.get("processors", [])
+        if step["type"] == "TemplateProcessing":
+            pieces = [*step["single"], *step["pair"]]
+            used = {piece["SpecialToken"]["id"] for piece in pieces if "SpecialToken" in piece}
+            missing = used - step["special_tokens"].keys()
+            if missing:
+                raise ValueError(f"its template has a token {shown(min(missing))} that it does not know")
+
+
+def is_text(value: Any) -> bool:
+    """Whether it is a str that UTF-8 can hold: JSON can spell halves of characters."""
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
+
+
+def _beside(file: Path, name: str) -> dict[str, Any]:
+    """The JSON object in the file of that name beside a tokenizer.json, an empty one where there is no file."""
+    path = file.with_name(name)
+    return read_object(path) if path.is_file() else {}
+
+
+def _text(path: Path) -> str:
+    try:
+        if path.stat().st_size <= LARGEST_TEMPLATE:
+            return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        pass
+    raise ValueError(f"{path} is no UTF-8 text of at most {LARGEST_TEMPLATE} bytes")
 
 
 def _told(pieces: Iterable[str], advance: Callable[[int], None]) -> Iterator[str]:

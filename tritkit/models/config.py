@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any
@@ -10,11 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..jsonfile import shown
 from .families import COMMON_DEFAULTS, FAMILIES, NEUTRAL, Family
 from .rope import Rope, frequencies, rope_from_hf
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-LARGEST, MOST_LAYERS = 2**31 - 1, 10_000  # what a file may claim before anybody believes it
+LARGEST, MOST_LAYERS = 2**31 - 1, 1000  # what a file may claim before anybody believes it
+WIDEST_HEAD = 1 << 16
+MOST_EFFORT = 200_000  # to match modules_to_not_convert with the names of all layers: a second, more or less
 OWN_ARCHITECTURE = "TritkitForCausalLM"  # in folders that transformers must refuse
 
 
@@ -49,9 +53,9 @@ class ModelConfig:
             raise ValueError(f"unknown model family {self.family!r}; known are {', '.join(FAMILIES)}")
         for name in (*SIZES, "num_key_value_heads", "max_position_embeddings"):
             if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} must be at least 1, not {getattr(self, name)}")
+                raise ValueError(f"model.{name} must be at least 1, not {shown(getattr(self, name))}")
             if getattr(self, name) > (MOST_LAYERS if name == "num_hidden_layers" else LARGEST):
-                raise ValueError(f"model.{name} is {getattr(self, name)}, more than any model has")
+                raise ValueError(f"model.{name} is {shown(getattr(self, name))}, more than any model has")
         if self.activations is not None and self.weights is None:
             raise ValueError(f"model.activations is {self.activations!r}, but model.weights names no format")
         # transformers' llama asks for it even where there is a head_dim
@@ -67,6 +71,8 @@ class ModelConfig:
                 f"model.num_attention_heads {self.num_attention_heads} is no multiple of model.num_key_value_heads "
                 f"{self.num_key_value_heads}"
             )
+        if self.head_dim > WIDEST_HEAD:
+            raise ValueError(f"model.head_dim is {shown(self.head_dim)}, more than any model has")
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"rotary embedding needs an even head size, but model.head_dim {self.head_dim} is none")
         if self.sub_norms and self.head_dim * self.num_attention_heads != self.hidden_size:
@@ -82,6 +88,12 @@ class ModelConfig:
             if getattr(self, name) and name not in FAMILIES[self.family].biases:
                 raise ValueError(f"model.{name} is true, but the {self.family} family has no such biases")
         _require_sane(self.full_precision)
+        effort = sum(20 ** len(_REPEATS.findall(pattern)) for pattern in self.full_precision)
+        if effort * self.num_hidden_layers > MOST_EFFORT:
+            raise ValueError(
+                f"modules_to_not_convert has {len(self.full_precision)} patterns, too intricate for "
+                f"{self.num_hidden_layers} layers"
+            )
         acts = (FAMILIES[self.family].hidden_act, *FAMILIES[self.family].other_acts)
         if self.hidden_act not in acts:
             raise ValueError(f"model.gate is {self.gate!r}; the {self.family} family has {' or '.join(acts)}")
@@ -142,6 +154,9 @@ def is_excluded(name: str, patterns: tuple[str, ...]) -> bool:
     return name.endswith(patterns) or any(pattern.match(name) for pattern in _compiled(patterns))
 
 
+_REPEATS = re.compile(r"[*+?{|]")
+
+
 @lru_cache(maxsize=8)
 def _compiled(patterns: tuple[str, ...]) -> list[re.Pattern[str]]:
     return [re.compile(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))") for pattern in patterns]
@@ -152,20 +167,21 @@ def _require_sane(patterns: tuple[str, ...]) -> None:
     if len(patterns) > 1000:
         raise ValueError(f"modules_to_not_convert has {len(patterns)} patterns, expected at most 1000")
     for pattern in patterns:
-        shown = repr(pattern[:80])
-        if len(pattern) > 200 or re.search(r"\)[*+?{]|\\\d|\(\?", pattern) or len(re.findall(r"[*+{]", pattern)) > 3:
-            raise ValueError(f"modules_to_not_convert has {shown}, a pattern too intricate for tritkit")
+        if len(pattern) > 200 or re.search(r"\)[*+?{]|\\\d|\(\?", pattern) or len(_REPEATS.findall(pattern)) > 2:
+            raise ValueError(f"modules_to_not_convert has {shown(pattern)}, a pattern too intricate for tritkit")
         try:
-            re.compile(pattern)
-        except re.error:
-            raise ValueError(f"modules_to_not_convert has {shown}, which is no regular expression") from None
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                re.compile(pattern)
+        except (re.error, OverflowError, RecursionError, FutureWarning, DeprecationWarning):
+            raise ValueError(f"modules_to_not_convert has {shown(pattern)}, which is no regular expression") from None
 
 
 def config_from_hf(hf: dict[str, Any], weights: str | None, activations: str | None) -> ModelConfig:
     """Read config.json; ValueError names what this version cannot run."""
     kind = hf.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise ValueError(f"config.json has model_type {kind!r}; tritkit runs {', '.join(FAMILIES)}")
+        raise ValueError(f"config.json has model_type {shown(kind)}; tritkit runs {', '.join(FAMILIES)}")
     family = FAMILIES[kind]
     defaults = {**COMMON_DEFAULTS, **family.defaults}
     given = {**defaults, **{name: value for name, value in hf.items() if value is not None}}
@@ -191,25 +207,27 @@ def config_from_hf(hf: dict[str, Any], weights: str | None, activations: str | N
 
 def _typed(name: str, value: Any, kind: Any) -> Any:
     if not (type(value) is kind or (kind is float and type(value) is int and abs(value) < LARGEST)):
-        raise ValueError(f"config.json has {name} {str(value)[:80]!r}, which is no {kind.__name__}")
+        raise ValueError(f"config.json has {name} {shown(value)}, which is no {kind.__name__}")
     return kind(value)
 
 
 def _require_known_maths(hf: dict[str, Any], kind: str, family: Family) -> None:
     act = hf.get("hidden_act") or family.hidden_act
     if act not in (family.hidden_act, *family.other_acts):
-        raise ValueError(f"config.json has hidden_act {act!r}; the {kind} family has {family.hidden_act!r}")
+        raise ValueError(f"config.json has hidden_act {shown(act)}; the {kind} family has {family.hidden_act!r}")
     architectures = hf.get("architectures") or [family.architecture]
     known = (family.architecture.lower(), OWN_ARCHITECTURE.lower())
     if not isinstance(architectures, list) or str(architectures[0]).lower() not in known:
-        raise ValueError(f"config.json has architectures {architectures!r}; the {kind} family is {family.architecture}")
+        raise ValueError(
+            f"config.json has architectures {shown(architectures)}; the {kind} family is {family.architecture}"
+        )
     for flag in ("attention_bias", "mlp_bias"):
         # Qwen2 has the biases that its relatives call attention_bias whatever the entry says
         if hf.get(flag) and flag not in family.biases and not (family.qkv_bias and flag == "attention_bias"):
             raise ValueError(f"config.json has {flag} = true, but the {kind} family has no such biases")
     for name, neutral in NEUTRAL.items():
         if hf.get(name) not in neutral:
-            raise ValueError(f"config.json has {name} {hf[name]!r}, which the {kind} family does not compute")
+            raise ValueError(f"config.json has {name} {shown(hf[name])}, which the {kind} family does not compute")
 
 
 def _require_no_window(
@@ -221,9 +239,10 @@ def _require_no_window(
     types = hf.get("layer_types")
     if types is not None and (not isinstance(types, list) or any(t != "full_attention" for t in types)):
         odd = next((t for t in types if t != "full_attention"), types) if isinstance(types, list) else types
-        raise ValueError(f"config.json has layer_types with {odd!r}; tritkit runs full_attention")
+        raise ValueError(f"config.json has layer_types with {shown(odd)}; tritkit runs full_attention")
     if family.window:
-        slides = bool(hf.get(family.window)) and types is None and given["max_window_layers"] < layers
+        first = _typed("max_window_layers", given["max_window_layers"], int)
+        slides = bool(hf.get(family.window)) and types is None and first < layers
     else:
         slides = True
     window = hf.get("sliding_window", family.defaults["sliding_window"])
@@ -246,17 +265,17 @@ def _quantized_modules(hf: dict[str, Any], weights: str | None) -> dict[str, Any
     patterns = table.get("modules_to_not_convert")
     if patterns is not None:
         if not isinstance(patterns, list) or not all(isinstance(p, str) for p in patterns):
-            raise ValueError(f"config.json has modules_to_not_convert {patterns!r}, expected a list of names")
+            raise ValueError(f"config.json has modules_to_not_convert {shown(patterns)}, expected a list of names")
         values["full_precision"] = tuple(patterns)
         _require_sane(values["full_precision"])
         if not is_excluded("lm_head", values["full_precision"]):
             raise ValueError(
-                f"config.json has modules_to_not_convert {patterns!r} without lm_head, which makes the output head a "
-                "low-bit linear; tritkit runs heads of floats"
+                f"config.json has modules_to_not_convert {shown(patterns)} without lm_head, which makes the output "
+                "head a low-bit linear; tritkit runs heads of floats"
             )
     if table.get("use_rms_norm"):
         eps = table.get("rms_norm_eps", 1e-6)
         if type(eps) is not float or not 0 < eps < 1:
-            raise ValueError(f"quantization_config of config.json has rms_norm_eps {eps!r}, expected a small number")
+            raise ValueError(f"quantization_config has rms_norm_eps {shown(eps)}, expected a small number")
         values["linear_norm_eps"] = eps
     return values

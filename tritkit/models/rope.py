@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..jsonfile import shown
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -55,15 +57,15 @@ def rope_from_hf(hf: dict[str, Any], max_positions: int) -> tuple[Rope, float | 
     """Scaling and theta of a config.json, in either spelling; theta is None where it is silent."""
     table = hf.get("rope_scaling") or hf.get("rope_parameters") or {}  # which transformers takes first
     if not isinstance(table, dict):
-        raise ValueError(f"config.json has rope parameters {table!r}, which are no table")
+        raise ValueError(f"config.json has rope parameters {shown(table)}, which are no table")
     table = {**table, "type": table.get("rope_type", table.get("type", "default"))}
     kind = table["type"]
     if not isinstance(kind, str) or kind not in SCALINGS:
-        raise ValueError(f"config.json has rope scaling {kind!r}; tritkit runs {', '.join(SCALINGS)}")
+        raise ValueError(f"config.json has rope scaling {shown(kind)}; tritkit runs {', '.join(SCALINGS)}")
     for where in (hf, table):
         if where.get("partial_rotary_factor") not in (None, 1):
             factor = where["partial_rotary_factor"]
-            raise ValueError(f"config.json has partial_rotary_factor {factor!r}; tritkit rotates whole heads")
+            raise ValueError(f"config.json has partial_rotary_factor {shown(factor)}; tritkit rotates whole heads")
     if kind in ("llama3", "yarn"):
         trained = hf.get("original_max_position_embeddings") or table.get("original_max_position_embeddings")
         table["original_max_position_embeddings"] = trained or max_positions
@@ -86,7 +88,7 @@ def rope_from_hf(hf: dict[str, Any], max_positions: int) -> tuple[Rope, float | 
 def _number(table: dict[str, Any], name: str) -> float:
     value = table[name]
     if type(value) not in (int, float) or not 0 < value < 2**63:
-        raise ValueError(f"config.json has {name} {value!r}, expected a number above 0")
+        raise ValueError(f"config.json has {name} {shown(value)}, expected a number above 0")
     return value
 
 
