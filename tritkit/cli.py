@@ -297,7 +297,7 @@ def evaluate(arguments: list[str]) -> int:
         text_field=options.text_field,
     )
     settings = {k: v for k, v in vars(options).items() if k not in ("model", "no_record")}
-    if not options.no_record and options.model is not None:
+    if not options.no_record and model.folder.container == "folder" and options.model is not None:
         results.record(options.model, "eval", settings, metrics)
     print_metrics(str(model.folder.path), metrics)
     return 0
@@ -371,7 +371,7 @@ def export(arguments: list[str]) -> int:
     from .sources import open_model
     from .tables import print_export
 
-    if options.out.endswith(".gguf"):
+    if options.out.lower().endswith(".gguf"):
         if options.to is not None:
             raise ValueError(f"--to {options.to} makes a folder, but {options.out} is a file; --type chooses its type")
         from .gguf_export import export_gguf

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from .checkpoint import EMBEDDING, HEAD, ModelFolder, float_to_bf16, linear_names, matrix_names, matrix_shape
+from .files import ended_politely
 from .gguf import FLOAT_TYPES
 from .gguf_check import verify
 from .gguf_config import ARCHITECTURES, ROPE_FACTORS, architecture_of, metadata_of, rope_factors
@@ -26,6 +27,7 @@ from .layouts import GGML, I2S, LAYOUTS, Packed, Unpacked
 from .layouts.ggml_legacy import GgmlLegacy
 from .layouts.translate import TERNARY as TERNARY_LAYOUTS
 from .layouts.translate import pack_ternary, ternary_codes, translate
+from .newfolder import require_finite
 from .progress import progress
 
 TERNARY = ("tq1_0", "tq2_0", "i2_s")
@@ -78,7 +80,8 @@ def plan(model: ModelFolder, kind: str | None, embedding: str | None) -> dict[st
         else:
             own = own_type(model, name)
             usual = EMBEDDINGS.get(most, most if kind in WRITTEN else own)
-            wanted = embedding or (own if own in GGML else usual)
+            keeps = own in GGML and kind not in FLOAT_TYPES
+            wanted = embedding or (own if keeps else usual)
         found[name] = _fitting(model, name, wanted)
     return found
 
@@ -133,9 +136,14 @@ def export_gguf(
     out = Path(out)
     if out.exists() and not overwrite:
         raise ValueError(f"{out} exists; give another name, or --overwrite")
+    if out.exists() and (out.is_dir() or out.resolve() == source.path.resolve()):
+        what = "a folder" if out.is_dir() else "the model itself"
+        raise ValueError(f"{out} is {what}; give another name")
     if not out.parent.is_dir():
         raise ValueError(f"there is no folder {out.parent} to write {out.name} into")
-    kind = None if kind is None else kind.lower()
+    kind, embedding = (None if k is None else k.lower() for k in (kind, embedding))
+    for name, tensor in source.tensors.items():
+        require_finite(source, name, tensor)
     architecture = architecture_of(source)
     model = _packed(source) if source.config.weights is not None and not source.is_packed else source
     plans = plan(model, kind, embedding)
@@ -152,7 +160,7 @@ def export_gguf(
         tensors[ROPE_FACTORS] = NewTensor("f32", factors.shape, lambda: factors)
     beside = out.with_name(f".{out.name}.{os.getpid()}.unverified")
     try:
-        with progress(f"export {out.name}", 2 * len(tensors), "tensors") as advance:
+        with ended_politely(), progress(f"export {out.name}", 2 * len(tensors), "tensors") as advance:
             write_gguf(beside, metadata, tensors, advance)
             types = {name: p.type for name, p in plans.items()}
             verify(model, beside, names, types, "arm" if arm else "x86", advance)

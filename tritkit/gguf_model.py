@@ -200,7 +200,7 @@ def _i2_s_order(tensors: _Tensors) -> str:
     if order is None:
         raise ValueError(
             f"{tensors.file.path} has I2_S codes, and their order, which depends on the CPU of who wrote them, cannot "
-            "be told from the content: say --i2-s x86 (bitnet.cpp's converter and published files) or --i2-s arm"
+            "be told from the content: import it with --i2-s x86 (bitnet.cpp's converter and published files) or arm"
         )
     return order.removeprefix("i2_s_")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from .checkpoint import (
-    COMPANIONS,
     EMBEDDING,
     HEAD,
     HF_FORMATS,
@@ -37,6 +35,7 @@ from .gguf_check import SAMPLE, rows_of
 from .layouts import GGML, LAYOUTS, Packed, Unpacked
 from .layouts.translate import TERNARY, Translated, one_scale, pack_ternary, ternary_codes, translate
 from .models.config import ModelConfig
+from .newfolder import beside, require_finite, require_new
 from .progress import progress
 from .tensorfile import LazyTensor, StoredTensor
 
@@ -59,26 +58,18 @@ def export_hf(source: ModelFolder, out: Path | str, to: str, overwrite: bool = F
     out = Path(out)
     if to not in KINDS:
         raise ValueError(f"there is no form {to!r} of a folder for transformers; known are {', '.join(KINDS)}")
-    if (out / "config.json").exists() and not overwrite:
-        raise ValueError(f"{out} already holds a model; give another folder, or --overwrite")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file, but {to} makes a folder")
-    if source.path.resolve() == out.resolve():
-        raise ValueError(f"{out} is the model itself; give another folder")
+    require_new(out, overwrite, source.path)
     if not out.absolute().parent.is_dir():
         raise ValueError(f"there is no folder {out.absolute().parent} to write {out.name} into")
     words = source.tokenizer()
     plan = _Ternary(source, LAYOUT_OF[to]) if to in LAYOUT_OF else _Floats(source, DTYPES[to])
     tensors = plan.tensors()
-    beside = out.absolute().with_name(f".{out.name}.{os.getpid()}.unverified")
-    try:
-        with progress(f"export {out.name}", 2 * len(tensors), "tensors") as advance:
-            write_folder(beside, plan.config, tensors, words, plan.layouts, advance)
-            _write_companions(source, beside)
-            _verify(plan, open_folder(beside), advance)
-        _move(beside, out)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    with beside(out) as folder, progress(f"export {out.name}", 2 * len(tensors), "tensors") as advance:
+        for name, tensor in source.tensors.items():
+            require_finite(source, name, tensor)
+        write_folder(folder, plan.config, tensors, words, plan.layouts, advance)
+        _write_companions(source, folder)
+        _verify(plan, open_folder(folder), advance)
     shown = dict.fromkeys(plan.layouts.values(), len(plan.layouts))
     floats = len(matrix_names(plan.config)) - len(plan.layouts)
     return {
@@ -282,8 +273,7 @@ def _verify(plan: _Plan, written: ModelFolder, advance: Callable[[], None]) -> N
             found, wanted = tensor._replace(array=tensor.array[rows]).float32(), plan.rows(module, rows)
         else:
             found, wanted = tensor.float32(), plan.source.tensors[name].float32()
-        far = np.abs(found - wanted) > np.abs(wanted) * relative + absolute
-        if found.shape != wanted.shape or far.any():
+        if found.shape != wanted.shape or not (np.abs(found - wanted) <= np.abs(wanted) * relative + absolute).all():
             raise OSError(f"{name} does not read back as it was written; the folder was removed")
     written_config, config = (replace(c, full_precision=()) for c in (written.config, plan.config))
     if written_config != config or written.layouts != plan.layouts:  # whose layouts say what is full precision
@@ -295,16 +285,3 @@ def _verify_codes(name: str, wanted: Unpacked, found: Unpacked) -> None:
     scales = float(wanted.scale[0, 0]), float(found.scale[0, 0])
     if not np.array_equal(wanted.codes, found.codes) or not math.isclose(*scales, rel_tol=SCALE_ROUNDING):
         raise OSError(f"{name} does not read back as it was written; the folder was removed")
-
-
-def _move(folder: Path, out: Path) -> None:
-    """The verified folder to its place. Where there is one already, only what belongs to a model is replaced."""
-    if not out.exists():
-        os.rename(folder, out)
-        return
-    stale = (*out.glob("model*.safetensors"), out / "model.safetensors.index.json", *(out / c for c in COMPANIONS))
-    for old in stale:
-        if not (folder / old.name).exists():
-            old.unlink(missing_ok=True)
-    for new in sorted(folder.iterdir(), key=lambda path: path.name == "config.json"):
-        os.replace(new, out / new.name)

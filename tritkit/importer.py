@@ -16,10 +16,11 @@ from . import results
 from .checkpoint import ModelFolder, copy_companions, matrix_names, open_folder, write_folder
 from .files import atomic_open
 from .folderfacts import describe
-from .layouts import GGML, LAYOUTS
+from .layouts import LAYOUTS
+from .newfolder import beside, require_finite, require_new
 from .progress import progress
 from .sources import HUB_ID, open_model
-from .tensorfile import LazyTensor, StoredTensor, write_tensors
+from .tensorfile import LazyTensor, write_tensors
 
 
 def import_model(
@@ -38,40 +39,41 @@ def import_model(
     (none: the one that is logged in). i2_s, tokenizer: see ``open_model``. ValueError for what tritkit cannot run, and
     nothing is written.
     """
-    out = Path(out)
-    if (out / "config.json").exists() and not overwrite:
-        raise ValueError(f"{out} already holds a model; give another folder, or --overwrite")
-    path = Path(source)
-    if not path.exists() and HUB_ID.fullmatch(str(source)):
+    out, path = Path(out), Path(source)
+    if not str(out).strip() or out == Path():
+        raise ValueError("the folder to write has no name")
+    require_new(out, overwrite)
+    if not path.exists():
+        if not HUB_ID.fullmatch(str(source)):
+            raise ValueError(f"there is no file or folder {source}, and it is no id of a model (owner/name) either")
+        if path.parent.is_dir():
+            raise ValueError(f"there is no file or folder {source}")
         from .hub import download
 
         path = download(str(source), revision, token)
-    elif not path.exists():
-        raise ValueError(f"there is no file or folder {source}, and it is no id of a model (owner/name) either")
     model = open_model(path, i2_s, tokenizer)
-    if model.path.resolve() == out.resolve():
-        raise ValueError(f"{out} is the model itself; give another folder")
+    require_new(out, overwrite, model.path)
     words = model.tokenizer()
     tensors = {name: _lazy(model, name) for name in model.tensors}
-    out.mkdir(parents=True, exist_ok=True)
-    with progress(f"import {model.path.name}", len(tensors), "tensors") as advance:
+    settings = {"source": str(source), "container": model.container, "revision": revision}
+    with beside(out) as folder, progress(f"import {model.path.name}", len(tensors), "tensors") as advance:
         if model.container == "folder":
-            write_tensors(out / "model.safetensors", tensors, {}, advance)
-            copy_companions(model.path, out)
+            folder.mkdir()
+            write_tensors(folder / "model.safetensors", tensors, {}, advance)
+            copy_companions(model.path, folder)
             for extra in sorted(model.path.glob("LICENSE*")):
-                shutil.copyfile(extra, out / extra.name)
-            with atomic_open(out / "config.json") as file:
+                shutil.copyfile(extra, folder / extra.name)
+            with atomic_open(folder / "config.json") as file:
                 json.dump(model.hf, file, indent=2)
         else:
-            write_folder(out, model.config, tensors, words, model.layouts, advance)
-    written = open_folder(out)
-    _verify(model, written)
-    written.tokenizer()
-    metrics = describe(written)
-    settings = {"source": str(source), "container": model.container, "revision": revision}
-    with atomic_open(out / "tritkit.toml") as file:
-        lines = (f"{key} = {json.dumps(value)}\n" for key, value in settings.items() if value is not None)
-        file.write("[import]\n" + "".join(lines))
+            write_folder(folder, model.config, tensors, words, model.layouts, advance)
+        with atomic_open(folder / "tritkit.toml") as file:
+            lines = (f"{key} = {json.dumps(value)}\n" for key, value in settings.items() if value is not None)
+            file.write("[import]\n" + "".join(lines))
+        written = open_folder(folder)
+        _verify(model, written)
+        written.tokenizer()
+    metrics = describe(open_folder(out))
     results.record(out, "import", settings, metrics, begins=True)
     return metrics
 
@@ -86,22 +88,6 @@ def _lazy(model: ModelFolder, name: str) -> LazyTensor:
         return tensor.array
 
     return LazyTensor(stored.dtype, stored.array.shape, make)
-
-
-def require_finite(model: ModelFolder, name: str, tensor: StoredTensor) -> None:
-    """ValueError where a float, or the scale of a block, is NaN or infinite."""
-    module = name.removesuffix(".weight")
-    layout = model.layouts.get(module, "") if name.endswith(".weight") else ""
-    if layout in GGML:
-        odd = GGML[layout].nonfinite(model.packed(module))
-        what = f"{odd} blocks with a scale that is"
-    elif tensor.dtype in ("F64", "F32", "F16", "BF16"):
-        odd = int(np.count_nonzero(~np.isfinite(tensor.float32())))
-        what = f"{odd} values that are"
-    else:
-        return
-    if odd:
-        raise ValueError(f"{model.path}: {name} has {what} not finite: the file is damaged")
 
 
 def _verify(model: ModelFolder, written: ModelFolder) -> None:

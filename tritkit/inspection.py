@@ -13,6 +13,7 @@ from .checkpoint import EMBEDDING, HEAD, ModelFolder, linear_names, matrix_names
 from .folderfacts import PerLinear, code_shares, describe
 from .gguf import GGUFFile, Strings
 from .layouts import GGML
+from .newfolder import nonfinite
 from .sources import open_model
 from .tensorfile import TensorFile
 
@@ -56,7 +57,7 @@ def inspect(source: Path | str, i2_s: str | None = None, linears: bool = False) 
     found["matrices"] = _matrices(model)
     found["tokenizer"] = _tokenizer(model, found["odd"])
     found["odd"] += _odd(model)
-    found["can"] = _can(model)
+    found["can"] = _can(model, found["tokenizer"])
     found["per_linear"] = per_linear if linears else {}
     return found
 
@@ -127,11 +128,10 @@ def _tokenizer(model: ModelFolder, odd: list[str]) -> dict[str, Any] | None:
 
 def _odd(model: ModelFolder) -> Iterator[str]:
     """What a user may want to know before using it."""
-    for name in matrix_names(model.config):
-        if model.layouts.get(name) in GGML:
-            broken = GGML[model.layouts[name]].nonfinite(model.packed(name))
-            if broken:
-                yield f"{name} has {broken} blocks with a scale that is not finite: the file is damaged"
+    for name, tensor in model.tensors.items():
+        broken = nonfinite(model, name, tensor)
+        if broken:
+            yield f"{name} has {broken} not finite: the file is damaged"
     ternary = [n for n in linear_names(model.config) if model.layouts.get(n, "").startswith(("tq", "i2_s"))]
     if ternary and model.config.weights is None:
         yield (
@@ -147,9 +147,12 @@ def _odd(model: ModelFolder) -> Iterator[str]:
         yield "its ternary scales divide (bitlinear); those of autobitlinear multiply"
 
 
-def _can(model: ModelFolder) -> list[str]:
+def _can(model: ModelFolder, tokenizer: dict[str, Any] | None) -> list[str]:
     """Verbs that work on it."""
-    can = ["generate, chat, eval, bench with the native engine", "the same with --engine torch"]
+    verbs = ["bench"]
+    if tokenizer is not None:
+        verbs = ["generate", *(["chat"] if tokenizer["chat_template"] else []), "eval", "bench"]
+    can = [f"{', '.join(verbs)}, with the native or the torch engine"]
     if model.container != "folder":
         can.append("import to a model folder")
     if not model.is_packed and model.container == "folder":
@@ -159,7 +162,7 @@ def _can(model: ModelFolder) -> list[str]:
     kinds = "f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0"
     if model.config.weights == "ternary":
         can.append(f"export to GGUF: tq2_0, tq1_0, i2_s, {kinds}")
-        can.append("export to transformers: --to hf-bitlinear, hf-autobitlinear, bf16")
+        can.append("export to transformers: --to hf-bitlinear, hf-autobitlinear, bf16, float16, float32")
     else:
         can.append(f"export to GGUF: {kinds}" + (f", and as it is: {model.layout}" if model.layout else ""))
         can.append("export to transformers: --to bf16, float16, float32")

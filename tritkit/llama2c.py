@@ -98,5 +98,5 @@ def _tokenizer(path: Path, vocabulary: int, given: Path | str | None) -> Tokeniz
             return tokenizer_from_llama2c(file, vocabulary)
     raise ValueError(
         f"a llama2.c checkpoint has its tokenizer in another file, and beside {path} there is neither "
-        f"tok{vocabulary}.bin nor tokenizer.bin; name it with --tokenizer"
+        f"tok{vocabulary}.bin nor tokenizer.bin; tritkit import names it with --tokenizer"
     )

@@ -10,9 +10,7 @@ import itertools
 import json
 import math
 import shutil
-import signal
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,6 +20,7 @@ from statistics import NormalDist
 import numpy as np
 
 from ..checkpoint import float_to_bf16, linear_names, linear_shape, norm_sizes
+from ..files import ended_politely
 from ..models.config import ModelConfig
 from ..progress import Advance, progress
 from ..tensorfile import DTYPES, tensor_header
@@ -65,7 +64,7 @@ def shape_named(name: str, positions: int = 0) -> ModelConfig:
 def temporary_folder(bytes_needed: int, what: str) -> Iterator[Path]:
     """An empty folder that is removed at the end, whatever the end is. ValueError where the disk is too small."""
     with (
-        _ended_politely(),
+        ended_politely(),
         tempfile.TemporaryDirectory(prefix="tritkit-bench-", ignore_cleanup_errors=True) as folder,
     ):
         free = shutil.disk_usage(folder).free
@@ -75,23 +74,6 @@ def temporary_folder(bytes_needed: int, what: str) -> Iterator[Path]:
                 "free; TMPDIR names another place"
             )
         yield Path(folder)
-
-
-@contextmanager
-def _ended_politely() -> Iterator[None]:
-    """A request to end (SIGTERM) runs what has to be run at the end, as Ctrl-C does."""
-
-    def end(*_: object) -> None:
-        raise SystemExit(128 + signal.SIGTERM)
-
-    if threading.current_thread() is not threading.main_thread():  # nobody else may set a signal's handler
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
