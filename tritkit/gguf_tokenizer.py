@@ -35,7 +35,8 @@ from .gguf_vocab import (
     without_padding,
 )
 from .jsonfile import shown
-from .tokenizer import Tokenizer, refusing
+from .tokenizer import Tokenizer
+from .tokenizer_guard import refusing
 
 
 def tokenizer_from_gguf(fields: Mapping[str, Any]) -> Tokenizer:
