@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import struct
 from collections.abc import Callable
@@ -79,7 +80,7 @@ def odd_value(chance: Random, old: Any) -> Any:
             return chance.choice(changes)()
         except (OverflowError, ValueError):
             return 0
-    return chance.choice(ODD_VALUES)
+    return copy.deepcopy(chance.choice(ODD_VALUES))  # some are changed later
 
 
 def damage_json(raw: bytes, chance: Random) -> bytes:

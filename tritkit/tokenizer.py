@@ -16,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from .files import atomic_open
 from .jsonfile import read_object, shown
-from .tokenizer_guard import refusing, require_bounded
+from .tokenizer_guard import refusing, require_bounded, serialized
 
 LARGEST = 256 << 20  # bytes of a tokenizer.json; those of the largest vocabularies have some tens of MiB
 LARGEST_TEMPLATE = 1 << 20
@@ -111,7 +111,7 @@ class Tokenizer:
 
     def save(self, folder: Path | str) -> None:
         with atomic_open(Path(folder) / "tokenizer.json") as file:
-            file.write(self.inner.to_str())
+            file.write(serialized(self.inner))
         with atomic_open(Path(folder) / "tokenizer_config.json") as file:
             json.dump(self.config, file, indent=2)
 

@@ -117,3 +117,12 @@ def _template_tokens(step: dict[str, Any]) -> int:
                 raise ValueError(f"its template has a token {shown(name)} that it does not know")
             count += len(step["special_tokens"][name]["ids"])
     return count
+
+
+def serialized(inner: HFTokenizer) -> str:
+    """tokenizer.json. ValueError for ids far beyond the tokens: the library makes a list of all up to the largest, and
+    where that finds no memory it ends the process."""
+    ids = inner.get_vocab(with_added_tokens=True).values()
+    if max(ids, default=0) > 4 * len(ids) + (1 << 16):
+        raise ValueError(f"the tokenizer has {len(ids)} tokens, but one of them has the number {max(ids)}")
+    return inner.to_str()
