@@ -110,7 +110,7 @@ def variants(raw: bytes) -> list[bytes]:
     """The parts that other tokenizers have, in one that works."""
     tree = json.loads(raw)
     split = {"type": "Split", "pattern": {"Regex": r"\p{L}+|\s"}, "behavior": "Isolated", "invert": False}
-    charsmap = base64.b64encode(struct.pack("<5I", 16, 0, 0, 0, 0) + b"a\0").decode()
+    charsmap = base64.b64encode(struct.pack("<I", 2048) + bytes(2048) + b"a\0").decode()
     normalizers = [
         {"type": "NFC"},
         {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "},
