@@ -14,7 +14,8 @@ NEON_RUN ?= qemu-aarch64 -cpu max
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off -c constraints-cpu.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test interop slow gpu sanitize neon lint format clean
+FUZZ_COUNT ?= 200000
+.PHONY: help venv demo test interop slow gpu fuzz sanitize neon lint format clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -57,6 +58,9 @@ slow: $(INSTALLED) ## the tests that take minutes
 
 gpu: $(INSTALLED) ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu || test $$? -eq 5 # 5: there are none
+
+fuzz: $(INSTALLED) ## damaged files into every reader, 200,000 of them (ten minutes); what is found is in build/fuzz
+	$(BIN)/python tools/fuzz.py --count $(FUZZ_COUNT)
 
 sanitize: $(INSTALLED) ## the kernel tests under the address, undefined-behaviour and thread sanitizers (minutes)
 	@for kind in address,undefined thread; do \

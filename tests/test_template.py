@@ -23,7 +23,7 @@ MEMORY = "needs more than 512 MiB"
 HOSTILE = {
     "a loop": ("{% for i in range(10**9) %}x{% endfor %}", "Range too big"),
     "loops in loops": (
-        "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(9) %}{% endfor %}{% endfor %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% set k = j %}{% endfor %}{% endfor %}",
         STOPPED,
     ),
     "a product": ("{{ 'a' * 10**9 }}", MEMORY),
@@ -36,7 +36,7 @@ HOSTILE = {
     "a batch": ("{{ [1]|batch(10**9, 'x')|list|length }}", MEMORY),
     "a replacement": ("{{ ('a' * 10**5)|replace('', 'b' * 10**5)|length }}", MEMORY),
     "doubled": (
-        "{% set n = namespace(s='aaaa') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s|length }}",
+        "{% set n = namespace(s='aaaa') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s }}",
         MEMORY,
     ),
     "much text": ("{% for i in range(99999) %}{{ 'a' * 100 }}{% endfor %}", "makes more than"),
@@ -119,7 +119,8 @@ def test_a_model_may_have_several_templates(tokenizer):
 
 
 CHATML = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% for message in messages %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 REAL = {
@@ -149,7 +150,8 @@ REAL = {
         "{{- bos_token }}{{- '<|start_header_id|>system<|end_header_id|>\\n\\n' }}\n{%- if tools is not none %}\n"
         "    {{- 'Environment: ipython\\n' }}\n{%- endif %}\n{{- 'Today Date: ' + date_string + '\\n\\n' }}\n"
         "{{- system_message }}{{- '<|eot_id|>' }}\n{%- for message in messages %}\n"
-        "    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'+ message['content'] | trim + '<|eot_id|>' }}\n"
+        "    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'+ message['content'] | trim }}"
+        "{{- '<|eot_id|>' }}\n"
         "{%- endfor %}\n{%- if add_generation_prompt %}\n"
         "    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}\n{%- endif %}\n"
     ),

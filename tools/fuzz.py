@@ -105,13 +105,14 @@ READERS: dict[str, Callable[[Path], None]] = {
 }
 
 
+Seeds = list[tuple[str, dict[str, bytes]]]  # the name of the file to damage, and all files of its folder
+
+
 class TooLong(BaseException):
     pass
 
 
-def make_input(
-    reader: str, seed: int, number: int, seeds: list[tuple[str, dict[str, bytes]]]
-) -> tuple[str, int, bytes]:
+def make_input(reader: str, seed: int, number: int, seeds: Seeds) -> tuple[str, int, bytes]:
     """The damaged file's name, which seed it was, and its bytes."""
     chance = Random(f"{seed} {reader} {number}")
     which = chance.randrange(len(seeds))
@@ -218,9 +219,8 @@ class Runner:
         folder.mkdir(parents=True)
         for other, content in {**self.seeds[reader][which][1], name: raw}.items():
             (folder / other).write_bytes(content)
-        (folder / "FOUND.txt").write_text(
-            f"{name}: {outcome}\n{details}\n", encoding="utf-8", errors="backslashreplace"
-        )
+        report = f"{name}: {outcome}\n{details}\n"
+        (folder / "FOUND.txt").write_text(report, encoding="utf-8", errors="backslashreplace")
         self.found.append((reader, number, outcome))
         print(f"{reader} {number}: {outcome}; {folder}", flush=True)
 
@@ -274,7 +274,7 @@ class Runner:
         """Which of these inputs ends a process: each in one of its own."""
         for number in block:
             context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-            ours, theirs = context.Pipe(duplex=False)
+            _, theirs = context.Pipe(duplex=False)
             job = (theirs, reader, self.seed, range(number, number + 1), self.seeds[reader], False)
             process = context.Process(target=work, args=job, daemon=True)
             process.start()
@@ -293,9 +293,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--reader", choices=READERS, action="append", help="only this one (may be given again)")
     parser.add_argument("--count", type=int, default=200_000, help="inputs in all (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--processes", type=int, default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
-    )
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 2)
     parser.add_argument("--only", type=int, help="the number of one input, with what comes of it")
     parser.add_argument("--out", type=Path, default=Path("build/fuzz"))
     options = parser.parse_args(arguments)
@@ -311,15 +309,11 @@ def main(arguments: list[str] | None = None) -> int:
         start = time.monotonic()
         runner.run(reader, 0, share, options.processes)
         rate = share / (time.monotonic() - start)
-        kinds = {o: runner.counts[f"{reader} {o}"] for o in ("read", "refused")}
-        print(
-            f"{reader}: {share} inputs, {kinds['read']} read, {kinds['refused']} refused, {rate:.0f} a second",
-            flush=True,
-        )
+        read, refused = (runner.counts[f"{reader} {outcome}"] for outcome in ("read", "refused"))
+        print(f"{reader}: {share} inputs, {read} read, {refused} refused, {rate:.0f} a second", flush=True)
     seconds = time.monotonic() - begun
-    print(
-        f"{options.count} inputs in {seconds:.0f} s, {options.count / seconds:.0f} a second, {len(runner.found)} found"
-    )
+    rate = options.count / seconds
+    print(f"{options.count} inputs in {seconds:.0f} s, {rate:.0f} a second, {len(runner.found)} found")
     if runner.found:
         (options.out / "found.json").write_text(json.dumps(runner.found, indent=1))
     return 1 if runner.found else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import struct
 from collections.abc import Callable
@@ -15,8 +16,8 @@ INTEGERS = (0, 1, 2, 7, 8, 31, 32, 127, 255, 256, 4096, 65535, 2**31 - 1, 2**31,
 ODD_VALUES: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 3, 2**31, 2**63, 10**40, 0.0, -0.5, 1e-300, 1e308, float("nan"), float("inf"), "",
     "x", "\n", "\0", "\ud800", "é" * 50, "x" * 5000, "../../etc/passwd", "(a+)+$", ".?" * 40 + "x", "a{99999999999}",
-    "[[a]", "linear", "yarn", "llama3", "ternary", "int4_g32", "a8", "q4_0", "tq2_0", "hf_bitlinear", "dense", "Sequence",
-    [], {}, [None], [[]], ["lm_head"], {"type": "x"}, [0] * 3000, ["a"] * 1000, {"a": {"a": {}}},
+    "[[a]", "linear", "yarn", "llama3", "ternary", "int4_g32", "a8", "q4_0", "tq2_0", "hf_bitlinear", "dense",
+    "Sequence", [], {}, [None], [[]], ["lm_head"], {"type": "x"}, [0] * 3000, ["a"] * 1000, {"a": {"a": {}}},
 )  # fmt: skip
 DEPTHS = (20, 200, 2000, 20_000)
 LARGEST = 1 << 16  # bytes; what grows beyond is cut, so that an input stays fast
@@ -79,7 +80,7 @@ def odd_value(chance: Random, old: Any) -> Any:
             return chance.choice(changes)()
         except (OverflowError, ValueError):
             return 0
-    return chance.choice(ODD_VALUES)
+    return copy.deepcopy(chance.choice(ODD_VALUES))  # some are changed later
 
 
 def damage_json(raw: bytes, chance: Random) -> bytes:
@@ -132,6 +133,10 @@ def damage_safetensors(raw: bytes, chance: Random) -> bytes:
 
 
 # GGUF: (key, type of the value, type of an array's values, value), and (name, sides, type, offset)
+ODD_NAMES = (
+    b"blk.0.attn_q.bias", b"blk.00.attn_q.weight", "blk.²⁰.attn_q.weight".encode(), b"rope_freqs.weight", b"", b"\n",
+    b"blk.99999999999999999999.attn_q.weight", b"blk.7.attn_norm.weight",
+)  # fmt: skip
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
 
 
@@ -244,10 +249,7 @@ def damage_gguf(raw: bytes, chance: Random) -> bytes:
         elif what == 10:
             entry[3] = chance.choice((*INTEGERS, entry[3] + 1, entry[3] + 32, entries[0][3]))
         elif what == 11:
-            entry[0] = chance.choice(
-                (b"blk.0.attn_q.bias", b"blk.00.attn_q.weight", "blk.²⁰.attn_q.weight".encode(), b"rope_freqs.weight")
-                + (b"blk.99999999999999999999.attn_q.weight", b"", b"\n", entries[-1][0], b"blk.7.attn_norm.weight")
-            )
+            entry[0] = chance.choice((*ODD_NAMES, entries[-1][0]))
         elif what == 12:
             entries.append([chance.choice((entry[0], entry[0] + b"x", b"blk.1.ffn_up.bias")), [*entry[1]], *entry[2:]])
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import struct
 import tempfile
@@ -105,6 +106,75 @@ def sentencepiece(folder: Path) -> bytes:
     return tokenizer_from_llama2c(folder / "tok.bin", 275).inner.to_str().encode()
 
 
+def variants(raw: bytes) -> list[bytes]:
+    """The parts that other tokenizers have, in one that works."""
+    tree = json.loads(raw)
+    split = {"type": "Split", "pattern": {"Regex": r"\p{L}+|\s"}, "behavior": "Isolated", "invert": False}
+    charsmap = base64.b64encode(struct.pack("<I", 2048) + bytes(2048) + b"a\0").decode()
+    normalizers = [
+        {"type": "NFC"},
+        {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "},
+        {"type": "Prepend", "prepend": "a"},
+        {"type": "Strip", "strip_left": True, "strip_right": False},
+        {"type": "BertNormalizer", **dict.fromkeys(("clean_text", "handle_chinese_chars", "lowercase"), True)},
+        {
+            "type": "Precompiled",
+            "precompiled_charsmap": charsmap,
+        },
+    ]
+    cuts = [
+        split,
+        {"type": "Digits", "individual_digits": True},
+        {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": True},
+        {"type": "Punctuation", "behavior": "Isolated"},
+        {"type": "FixedLength", "length": 5},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+    ]
+    decoders = [
+        {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+        {"type": "CTC", "pad_token": "<pad>", "word_delimiter_token": "|", "cleanup": True},
+        {"type": "Replace", "pattern": {"String": "a"}, "content": "b"},
+        {"type": "WordPiece", "prefix": "##", "cleanup": True},
+    ]
+    posts = [
+        {
+            "type": "RobertaProcessing",
+            "sep": ["b", 1],
+            "cls": ["a", 0],
+            "trim_offsets": True,
+            "add_prefix_space": False,
+        },
+        tree["post_processor"],
+    ]
+    padding = {
+        "strategy": {"Fixed": 8},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+    }
+    models: list[dict[str, Any]] = [
+        {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["a", -1.0], ["the", -2.0]], "byte_fallback": False},
+        {"type": "WordPiece", "unk_token": "u", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100,
+         "vocab": {"u": 0, "the": 1, "##t": 2}},
+        {"type": "WordLevel", "unk_token": "u", "vocab": {"u": 0, "the": 1}},
+        {**tree["model"], "continuing_subword_prefix": "", "end_of_word_suffix": "", "byte_fallback": True},
+    ]  # fmt: skip
+    sequences = {
+        "normalizer": {"type": "Sequence", "normalizers": normalizers},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": cuts},
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "post_processor": {"type": "Sequence", "processors": posts},
+        "padding": {**padding, "pad_type_id": 0, "pad_token": "a"},
+        "truncation": {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0},
+    }
+    found = [{**tree, key: value} for key, value in sequences.items()]
+    found += [{**tree, "model": model} for model in models]
+    found += [{**tree, "normalizer": step} for step in normalizers] + [{**tree, "decoder": step} for step in decoders]
+    return [json.dumps(each).encode() for each in found]
+
+
 def every_seed() -> dict[str, list[tuple[str, dict[str, bytes]]]]:
     """By reader: (the file that is damaged, all files of its folder by name)."""
     found: dict[str, list[tuple[str, dict[str, bytes]]]] = {
@@ -133,6 +203,8 @@ def every_seed() -> dict[str, list[tuple[str, dict[str, bytes]]]]:
         words["chat_template.jinja"] = TEMPLATE.encode()
         found["tokenizer"] = [(each, words) for each in words for _ in range(1 + 5 * (each == "tokenizer.json"))]
         found["tokenizer"] += [("tokenizer.json", {**words, "tokenizer.json": sentencepiece(top)})] * 3
+        for variant in variants(words["tokenizer.json"]):
+            found["tokenizer"].append(("tokenizer.json", {**words, "tokenizer.json": variant}))
         found["tokenizer"].append(("tok275.bin", {"tok275.bin": llama2c_tokenizer()}))
         for model, kind in GGUFS.items():
             out = top / "model.gguf"

@@ -20,6 +20,7 @@ import numpy as np
 
 from .files import atomic_open
 from .tokenizer import Tokenizer
+from .tokenizer_guard import serialized
 
 SEPARATOR = "<|endoftext|>"  # a line of this text ends a document of a plain text file
 SUFFIXES = (".txt", ".txt.xz", ".txt.gz", ".txt.zst", ".jsonl", ".jsonl.xz", ".jsonl.gz", ".jsonl.zst")
@@ -164,7 +165,7 @@ class Tokens:
 def text_key(files: Sequence[Path], how: str, tokenizer: Tokenizer | None) -> str:
     """Changes whenever the same files read in the same way would give other tokens."""
     facts = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
-    vocabulary = None if tokenizer is None else tokenizer.inner.to_str()
+    vocabulary = None if tokenizer is None else serialized(tokenizer.inner)
     return hashlib.sha256(json.dumps([facts, how, vocabulary]).encode()).hexdigest()
 
 

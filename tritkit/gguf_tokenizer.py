@@ -35,7 +35,8 @@ from .gguf_vocab import (
     without_padding,
 )
 from .jsonfile import shown
-from .tokenizer import Tokenizer, refusing
+from .tokenizer import Tokenizer
+from .tokenizer_guard import refusing, serialized
 
 
 def tokenizer_from_gguf(fields: Mapping[str, Any]) -> Tokenizer:
@@ -159,7 +160,7 @@ def tokenizer_to_gguf(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
 
 
 def _to_gguf(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
-    tree = json.loads(tokenizer.inner.to_str())
+    tree = json.loads(serialized(tokenizer.inner))
     model = tree["model"]
     if model["type"] != "BPE":
         raise ValueError(f"it is {model['type']}, and only BPE can be")

@@ -77,7 +77,8 @@ def _ask(question: str) -> str:
     if code > 0:
         raise OSError(f"the process that renders chat templates ends with exit code {code}: {sys.executable} {CHILD}")
     raise ValueError(
-        f"the chat template takes more than {CPU_SECONDS:g} s or {MEMORY >> 20} MiB for this conversation: it was stopped"
+        f"the chat template takes more than {CPU_SECONDS:g} s or {MEMORY >> 20} MiB for this conversation: it was "
+        "stopped"
     )
 
 

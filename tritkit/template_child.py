@@ -22,7 +22,7 @@ LONGEST_REASON = 300  # characters
 class Generation(Extension):
     """{% generation %} marks what an assistant said, for training; here it is only its content."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012 (as Jinja declares it)
 
     def parse(self, parser: Any) -> Any:
         line = next(parser.stream).lineno

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from .files import atomic_open
 from .jsonfile import read_object, shown
+from .tokenizer_guard import refusing, require_bounded, serialized
 
 LARGEST = 256 << 20  # bytes of a tokenizer.json; those of the largest vocabularies have some tens of MiB
 LARGEST_TEMPLATE = 1 << 20
@@ -70,14 +71,14 @@ class Tokenizer:
         if not all(type(i) is int and 0 <= i < 2**31 for i in stops):
             where = file.with_name("generation_config.json")
             raise ValueError(f"{where}: eos_token_id is {shown(stops)}, expected numbers of tokens")
-        with refusing(f"{file} is not a tokenizer of the tokenizers library"):
+        with refusing(f"{file} is not a tokenizer of the tokenizers library", quiet=True):
             inner = HFTokenizer.from_file(str(file))
             inner.no_padding()  # a text is what it is, whatever the file would make of its length
             inner.no_truncation()
-            _require_whole(inner)
-            loaded = cls(inner, config, stops)
-        loaded.decode(loaded.encode(PROBE)[:100])
-        return loaded
+            require_bounded(inner)
+            with suppress(Exception):  # a text that it has no tokens for; a panic is refused here, not later
+                inner.decode(inner.encode(PROBE).ids[:100])
+            return cls(inner, config, stops)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, advance: Callable[[int], None] = lambda n: None) -> Tokenizer:
@@ -110,7 +111,7 @@ class Tokenizer:
 
     def save(self, folder: Path | str) -> None:
         with atomic_open(Path(folder) / "tokenizer.json") as file:
-            file.write(self.inner.to_str())
+            file.write(serialized(self.inner))
         with atomic_open(Path(folder) / "tokenizer_config.json") as file:
             json.dump(self.config, file, indent=2)
 
@@ -149,32 +150,6 @@ class Tokenizer:
         rest = self.decode(held)[len(shown) :]
         if rest:
             yield rest
-
-
-@contextmanager
-def refusing(what: str) -> Iterator[None]:
-    """One sentence, ValueError, for whatever the tokenizers library raises: a bare Exception, a panic of its Rust."""
-    try:
-        yield
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        reason = " ".join(str(error).split())[:500]
-        raise ValueError(f"{what}: {reason}") from None
-
-
-def _require_whole(inner: HFTokenizer) -> None:
-    """ValueError where the library would panic when it encodes: a template with a token that its table lacks."""
-    steps = [] if inner.post_processor is None else [json.loads(inner.post_processor.__getstate__())]
-    while steps:
-        step = steps.pop()
-        steps += step.get("processors", [])
-        if step["type"] == "TemplateProcessing":
-            pieces = [*step["single"], *step["pair"]]
-            used = {piece["SpecialToken"]["id"] for piece in pieces if "SpecialToken" in piece}
-            missing = used - step["special_tokens"].keys()
-            if missing:
-                raise ValueError(f"its template has a token {shown(min(missing))} that it does not know")
 
 
 def is_text(value: Any) -> bool:
