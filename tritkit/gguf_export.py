@@ -279,8 +279,19 @@ def notes(model: ModelFolder, architecture: str, kind: str, plans: Mapping[str, 
             "Mainline llama.cpp cannot run this file: its bitnet has a SiLU gate, this model has ReLU²; bitnet.cpp and "
             "ik_llama.cpp run it."
         )
+    error = max((_scale_error(model, name, plans[name].type) for name in linear_names(model.config)), default=0.0)
+    if error:
+        found.append(f"Codes are exact; scales were rounded to float16, by up to {error:.2g} of their size.")
     if kind == "i2_s":
         found.append("I2_S is a type of bitnet.cpp (36), which mainline llama.cpp does not know.")
     if model.config.activations is not None and kind not in TERNARY:
         found.append("The model was trained with int8 activations; whoever runs this file runs float ones.")
     return found
+
+
+def _scale_error(model: ModelFolder, name: str, kind: str) -> float:
+    """How far the float16 scale of a TQ block is from the one scale of the matrix, relative."""
+    if kind not in ("tq1_0", "tq2_0") or f"{name}.weight_scale" not in model.tensors:
+        return 0.0
+    scale = model.codes(name).scale
+    return float(np.abs(scale.astype(np.float16).astype(np.float32) / scale - 1).max())
