@@ -27,7 +27,8 @@ TORCH_FREE = {"layouts", "tokenizer", "models.config", "models", "data", "checkp
               "difference", "gguf_export",
               "gguf_check", "gguf_tokenizer", "gguf_vocab", "pretokenizers", "spm", "hf_export", "hf_hook",
               "inspection", "newfolder",
-              "chat", "template", "tokenizer_guard", "engine", "engine.load", "engine.native", "evals", *EVERYWHERE}  # fmt: skip
+              "chat", "template", "tokenizer_guard", "engine",
+              "engine.load", "engine.native", "evals", *EVERYWHERE}  # fmt: skip
 
 
 def modules():

