@@ -399,7 +399,7 @@ def diff(arguments: list[str]) -> int:
     parser = parser_of(
         "diff",
         "Compare the weights of two models. Exit code 0: the same, but perhaps for the rounding of scales or floats;\n"
-        "1: different.",
+        "1: some are rounded to another type (requantised), or different.",
         "tritkit diff models/mine mine.gguf",
     )
     parser.add_argument("a", metavar="A", help="a model folder, GGUF file or llama2.c file")

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from .checkpoint import ModelFolder, matrix_names, matrix_shape
+from .gguf_check import ROUNDING, largest_error
 from .layouts import Unpacked
 
-EQUAL, ROUNDED, DIFFERENT, MISSING = "equal", "rounded", "different", "missing"
+EQUAL, ROUNDED, REQUANTISED, DIFFERENT, MISSING = "equal", "rounded", "requantised", "different", "missing"
 # Bits of the significand, the hidden one too: how far a value may be from what it was rounded from.
 PRECISION = {"F64": 53, "F32": 24, "F16": 11, "BF16": 8}
 SCALE_ROUNDING = 2.0**-8  # at least as good as bfloat16
@@ -20,7 +21,8 @@ SCALE_ROUNDING = 2.0**-8  # at least as good as bfloat16
 class TensorDifference:
     """One tensor of both. largest: the largest difference of two values; relative: rms of it over the rms of A.
 
-    status: equal; rounded (the same codes with scales, or the same values, in another precision); different; missing.
+    status: equal; rounded (the same codes with scales, or the same values, in another precision); requantised (one is
+    what rounding the other to its type may give); different; missing.
     """
 
     name: str
@@ -68,7 +70,17 @@ def _matrix(a: ModelFolder, b: ModelFolder, name: str) -> TensorDifference:
         rounded = _same_codes(a.codes(name), b.codes(name))
     else:
         rounded = _same_values(x, y, forms)
-    return TensorDifference(key, ROUNDED if rounded else DIFFERENT, forms, largest, relative)
+    if rounded:
+        return TensorDifference(key, ROUNDED, forms, largest, relative)
+    status = REQUANTISED if _is_requantised(x, y, forms) or _is_requantised(y, x, forms[::-1]) else DIFFERENT
+    return TensorDifference(key, status, forms, largest, relative)
+
+
+def _is_requantised(x: np.ndarray, y: np.ndarray, forms: tuple[str, str]) -> bool:
+    """Whether y, in a type of ggml that rounds to nearest, is x rounded to it."""
+    if forms[1] not in ROUNDING or forms[0] == forms[1]:
+        return False
+    return bool((np.abs(x - y) <= largest_error(forms[1], x)).all())
 
 
 def _values(a: ModelFolder, b: ModelFolder, name: str) -> TensorDifference:

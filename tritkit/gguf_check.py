@@ -15,6 +15,7 @@ from .gguf_model import open_gguf
 from .layouts import GGML, LAYOUTS, Packed
 
 SAMPLE = 16  # rows of each matrix that are read back
+ROUNDING = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")  # types that hold the nearest of their numbers
 
 
 def verify(

@@ -253,12 +253,22 @@ def metadata_of(model: ModelFolder, architecture: str, kind: str) -> dict[str, A
         "general.architecture": architecture,
         "general.type": "model",
         "general.name": name,
+        **_provenance(model),
         "general.file_type": FILE_TYPES.get(kind, 0),
         "general.quantization_version": 2,
         "general.quantized_by": "tritkit",
         **{f"{architecture}.{key}": value for key, value in own.items()},
         **tokenizer_to_gguf(model.tokenizer(), c.vocab_size),
     }
+
+
+def _provenance(model: ModelFolder) -> dict[str, Any]:
+    """Whose model it is and under which licence, where a GGUF file says so."""
+    if model.container != "gguf":
+        return {}
+    kept = ("name", "license", "organization", "author", "basename", "finetune", "size_label", "languages", "tags")
+    found = GGUFFile(model.path).plain_metadata("general.")
+    return {key: found[key] for key in (f"general.{k}" for k in kept) if key in found}
 
 
 def _scaling_keys(model: ModelFolder) -> dict[str, Any]:

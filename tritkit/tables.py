@@ -189,15 +189,17 @@ def print_export(out: str, report: dict[str, Any]) -> None:
 
 def print_differences(a: str, b: str, every: bool, i2_s: str | None, as_json: bool) -> int:
     """One row a tensor that is not equal, then one sentence; returns the exit code."""
-    from .difference import DIFFERENT, EQUAL, MISSING, ROUNDED, differences
+    from .difference import DIFFERENT, EQUAL, MISSING, REQUANTISED, ROUNDED, differences
     from .progress import progress
     from .sources import open_model
 
     left, right = open_model(a, i2_s), open_model(b, i2_s)
     with progress("diff", len(left.tensors), "tensors") as advance:
         found = list(differences(left, right, advance))
-    counts = {status: sum(d.status == status for d in found) for status in (EQUAL, ROUNDED, DIFFERENT, MISSING)}
-    same = not counts[DIFFERENT] and not counts[MISSING]
+    counts = {
+        status: sum(d.status == status for d in found) for status in (EQUAL, ROUNDED, REQUANTISED, DIFFERENT, MISSING)
+    }
+    same = not counts[REQUANTISED] and not counts[DIFFERENT] and not counts[MISSING]
     if as_json:
         rows = [vars(d) for d in found if every or d.status != EQUAL]
         json.dump({"a": a, "b": b, "same": same, **counts, "tensors": rows}, sys.stdout, indent=1)
@@ -210,10 +212,12 @@ def print_differences(a: str, b: str, every: bool, i2_s: str | None, as_json: bo
             table.add_row(d.name, *d.forms, d.status, f"{d.largest:.3g}", f"{d.relative:.3g}")
         _screen().print(table)
     most = max(found, key=lambda d: d.relative)
-    verdict = "Different weights" if not same else "The same weights" + (" but for rounding" * bool(counts[ROUNDED]))
+    verdict = "The same weights" + (" but for rounding" * bool(counts[ROUNDED]))
+    if not same:
+        verdict = "Different weights" if counts[DIFFERENT] or counts[MISSING] else "The same weights, some requantised"
     print(
         f"{verdict}: {counts[EQUAL]} tensors are equal, {counts[ROUNDED]} equal but for rounding, "
-        f"{counts[DIFFERENT]} different, {counts[MISSING]} in one of the two only"
+        f"{counts[REQUANTISED]} requantised, {counts[DIFFERENT]} different, {counts[MISSING]} in one of the two only"
         + (f"; most by {most.relative:.3g} of its size: {most.name}" if most.relative else "")
     )
     return 0 if same else 1
