@@ -362,6 +362,7 @@ def export(arguments: list[str]) -> int:
     )
     parser.add_argument(
         "--to",
+        type=lambda form: {"f16": "float16", "f32": "float32", "bfloat16": "bf16"}.get(form.lower(), form.lower()),
         choices=("hf-bitlinear", "hf-autobitlinear", "bf16", "float16", "float32"),
         help="folder: ternary codes with scales that divide or multiply, or plain floats",
     )
