@@ -105,6 +105,7 @@ READERS: dict[str, Callable[[Path], None]] = {
 }
 
 
+SHARES = {"gguf": 3, "safetensors": 4, "tokenizer": 5, "config": 6, "llama2c": 2}  # of the inputs: slow ones less
 Seeds = list[tuple[str, dict[str, bytes]]]  # the name of the file to damage, and all files of its folder
 
 
@@ -304,8 +305,10 @@ def main(arguments: list[str] | None = None) -> int:
         for reader in readers:
             runner.run(reader, options.only, 1, 1, loud=True)
         return 0
+    done, weights = 0, [SHARES[reader] for reader in readers]
     for i, reader in enumerate(readers):
-        share = options.count * (i + 1) // len(readers) - options.count * i // len(readers)
+        share = options.count * sum(weights[: i + 1]) // sum(weights) - done
+        done += share
         start = time.monotonic()
         runner.run(reader, 0, share, options.processes)
         rate = share / (time.monotonic() - start)

@@ -243,7 +243,9 @@ def damage_gguf(raw: bytes, chance: Random) -> bytes:
             else:
                 items += [items[at]] * chance.choice((1, 1000))
         elif what == 8:
-            entry[1][chance.randrange(len(entry[1])) :] = [chance.choice(INTEGERS) for _ in range(chance.randrange(4))]
+            entry[1][chance.randrange(len(entry[1]) + 1) :] = [
+                chance.choice(INTEGERS) for _ in range(chance.randrange(4))
+            ]
         elif what == 9:
             entry[2] = chance.choice((0, 1, 2, 8, 12, 24, 30, 34, 35, 36, 39, 99))
         elif what == 10:

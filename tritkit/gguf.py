@@ -105,6 +105,8 @@ def tensor_bytes(kind: GGMLType, shape: Sequence[int]) -> int:
     """Bytes of a tensor; ValueError where its columns are no whole number of blocks."""
     values = math.prod(shape)
     if kind.name == "i2_s":
+        if shape and shape[-1] % kind.block:
+            raise ValueError(f"i2_s has {kind.block} columns in a byte, but a row has {shape[-1]}")
         return -(-values // 4) + 32
     if shape and shape[-1] % kind.block:
         raise ValueError(f"{kind.name} has blocks of {kind.block} columns, but a row has {shape[-1]}")

@@ -128,7 +128,7 @@ SPELLINGS = {
 
 def cut_of(name: str) -> Cut:
     if name not in PRETOKENIZERS:
-        raise ValueError(f"the pre-tokenizer {name!r} is not known; known are {', '.join(PRETOKENIZERS)}")
+        raise ValueError(f"the pre-tokenizer {shown(name)} is not known; known are {', '.join(PRETOKENIZERS)}")
     return PRETOKENIZERS[name]
 
 

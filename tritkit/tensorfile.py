@@ -105,7 +105,7 @@ class TensorFile(Mapping[str, StoredTensor]):
 
     def __getitem__(self, name: str) -> StoredTensor:
         if name not in self._header:
-            raise ValueError(f"{self.path} has no tensor {name!r}")
+            raise ValueError(f"{self.path} has no tensor {shown(name)}")
         return self._view(name)
 
     def __contains__(self, name: object) -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..checkpoint import EMBEDDING, HEAD, ModelFolder, linear_names, linear_shape
 from ..gguf_model import one_scale
+from ..jsonfile import shown
 from ..layouts import GGML
 from ..models.config import ModelConfig
 from ..sources import bundled_folder as bundled_folder
@@ -168,7 +169,10 @@ def _packed_linear(
         if scale is None:
             raise ValueError(f"{name} should be {config.weights} with one scale, but its blocks have several")
         return LinearWeights(layout, arrays["weight"], *shape, scale=scale, activations=config.activations)
-    factor = np.float32(arrays["weight_scale"].reshape(-1)[0])
+    scales = arrays["weight_scale"].reshape(-1)
+    if not len(scales) or not np.isfinite(scales).all() or (layout == "hf_bitlinear" and not scales.all()):
+        raise ValueError(f"{name}.weight_scale should be a finite number, but it is {shown(scales)}")
+    factor = np.float32(scales[0])
     if layout == "hf_bitlinear":  # this one divides; the engine multiplies
         factor = np.float32(1) / factor
     return LinearWeights(layout, arrays["weight"], *shape, scale=float(factor), activations=config.activations)

@@ -1,5 +1,6 @@
 """Number formats: which numbers a weight or an activation may be. One file and one row in FORMATS each."""
 
+from ..jsonfile import shown
 from .base import Format, Grid, QTensor, fake_quantize
 from .binary import Binary
 from .integer import AbsmaxActivation, AbsmeanActivation, integer, parse_integer
@@ -19,7 +20,9 @@ def format_of(name: str) -> Format:
     found = FORMATS.get(name) or parse_integer(name)
     if found is None:
         known = ", ".join(FORMATS)
-        raise ValueError(f"unknown format {name!r}; known are {known} and int2..int8 with _gN, _row or _tensor, _asym")
+        raise ValueError(
+            f"unknown format {shown(name)}; known are {known} and int2..int8 with _gN, _row or _tensor, _asym"
+        )
     return found
 
 

@@ -57,7 +57,7 @@ class ModelConfig:
             if getattr(self, name) > (MOST_LAYERS if name == "num_hidden_layers" else LARGEST):
                 raise ValueError(f"model.{name} is {shown(getattr(self, name))}, more than any model has")
         if self.activations is not None and self.weights is None:
-            raise ValueError(f"model.activations is {self.activations!r}, but model.weights names no format")
+            raise ValueError(f"model.activations is {shown(self.activations)}, but model.weights names no format")
         # transformers' llama asks for it even where there is a head_dim
         if self.hidden_size % self.num_attention_heads and (self.head_dim == 0 or self.family == "llama"):
             raise ValueError(
