@@ -14,9 +14,10 @@ import pytest
 
 from tritkit.checkpoint import open_folder
 from tritkit.cli import main
-from tritkit.gguf import GGUFFile, NewTensor, Strings, write_gguf
+from tritkit.gguf import GGUFFile, Strings
 from tritkit.gguf_export import export_gguf
 from tritkit.gguf_model import open_gguf
+from tritkit.gguf_writer import NewTensor, write_gguf
 from tritkit.jsonfile import LARGEST, parse, shown
 from tritkit.llama2c import open_llama2c
 from tritkit.pack import pack
