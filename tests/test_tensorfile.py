@@ -134,6 +134,7 @@ HEADERS = {
     "a shape with one unknown": entry(shape=(-1, -4)),
     "a shape of floats": entry(shape=(2.0, 2)),
     "a shape of words": entry(shape=("2", 2)),
+    "a shape that is a table": {"a": {"dtype": "F32", "shape": {}, "data_offsets": [0, 4]}},
     "a shape that is a number": {"a": {"dtype": "U8", "shape": 16, "data_offsets": [0, 16]}},
     "an enormous empty shape": entry(shape=(0, 2**80), offsets=(0, 0)),
     "too many dimensions": entry(shape=(1,) * 100 + (4,)),

@@ -41,6 +41,7 @@ from tritkit.checkpoint import matrix_names, matrix_shape, open_folder
 from tritkit.engine.load import decoder_weights
 from tritkit.gguf_model import open_gguf
 from tritkit.gguf_tokenizer import tokenizer_from_llama2c, tokenizer_to_gguf
+from tritkit.inspection import inspect
 from tritkit.llama2c import open_llama2c
 from tritkit.tokenizer import Tokenizer
 
@@ -96,16 +97,22 @@ def read_llama2c(path: Path) -> None:
     model.tokenizer()
 
 
+def read_anything(path: Path) -> None:
+    inspect(path.parent if path.suffix in (".json", ".safetensors") else path, "x86", linears=True)
+
+
 READERS: dict[str, Callable[[Path], None]] = {
     "gguf": read_gguf,
     "safetensors": read_safetensors,
     "tokenizer": read_tokenizer,
     "config": read_config,
     "llama2c": read_llama2c,
+    "inspect": read_anything,
 }
 
 
-SHARES = {"gguf": 3, "safetensors": 4, "tokenizer": 5, "config": 6, "llama2c": 2}  # of the inputs: slow ones less
+# Of the inputs: slow ones less.
+SHARES = {"gguf": 3, "safetensors": 4, "tokenizer": 5, "config": 6, "llama2c": 2, "inspect": 4}
 Seeds = list[tuple[str, dict[str, bytes]]]  # the name of the file to damage, and all files of its folder
 
 

@@ -214,4 +214,5 @@ def every_seed() -> dict[str, list[tuple[str, dict[str, bytes]]]]:
         checkpoint = {"model.bin": llama2c_checkpoint(), "tok275.bin": llama2c_tokenizer()}
         found["llama2c"].append(("model.bin", checkpoint))
         found["llama2c"].append(("tok275.bin", checkpoint))
+        found["inspect"] = [seed for kind in ("gguf", "safetensors", "config", "llama2c") for seed in found[kind]]
     return found

@@ -15,6 +15,7 @@ import numpy as np
 from .checkpoint import ModelFolder
 from .gguf import GGUFFile, as_array
 from .jsonfile import shown
+from .tensorfile import StoredTensor
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,8 @@ def _rope_scaling(meta: _Keys, file: GGUFFile, base: float, head_dim: int, conte
     if ROPE_FACTORS in file:
         if kind not in ("none", "linear") or factor != 1:
             raise ValueError(f"{file.path} has both {ROPE_FACTORS} and rotary scaling {shown(kind)}")
-        return llama3_scaling(as_array(file[ROPE_FACTORS])[1].astype(np.float64), base, head_dim, file.path)
+        factors = StoredTensor(*as_array(file[ROPE_FACTORS])).float32()
+        return llama3_scaling(factors, base, head_dim, file.path)
     if kind == "none" or (kind == "linear" and factor == 1):
         return {"rope_type": "default"}
     if kind == "linear":
@@ -194,6 +196,7 @@ def llama3_scaling(factors: np.ndarray, base: float, head_dim: int, path: Path) 
     """llama3's four parameters from what they make of the frequencies; ValueError where no such parameters do."""
     if factors.shape != (head_dim // 2,) or not (np.isfinite(factors) & (factors > 0)).all():
         raise ValueError(f"{path}: {ROPE_FACTORS} has {factors.shape} values, expected {head_dim // 2} above zero")
+    factors = factors.astype(np.float64)
     if (factors == 1).all():
         return {"rope_type": "default"}
     factor = float(round(factors.max(), 4))

@@ -45,7 +45,8 @@ class StoredTensor(NamedTuple):
             return (self.array.astype(np.uint32) << 16).view(np.float32)
         if self.dtype not in ("F64", "F32", "F16"):
             raise ValueError(f"a tensor of dtype {self.dtype} holds codes, not floats")
-        return self.array.astype(np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):  # numbers beyond float32 and odd NaNs, which others report
+            return self.array.astype(np.float32)
 
 
 class LazyTensor(NamedTuple):
@@ -86,10 +87,14 @@ class TensorFile(Mapping[str, StoredTensor]):
         entry = self._header[name]
         try:
             size = np.dtype(DTYPES[entry["dtype"]]).itemsize
-            shape, (begin, end) = list(entry["shape"]), entry["data_offsets"]
+            shape, (begin, end) = entry["shape"], entry["data_offsets"]
         except (KeyError, TypeError, ValueError):
             raise ValueError(f"{self.path}: tensor {shown(name)} has an entry that is not understood") from None
-        numbers = all(type(n) is int and n >= 0 for n in (*shape, begin, end)) and len(shape) <= MOST_SIDES
+        numbers = (
+            isinstance(shape, list)
+            and all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+            and len(shape) <= MOST_SIDES
+        )
         if not numbers or math.prod(max(side, 1) for side in shape) > LARGEST_TENSOR:
             raise ValueError(f"{self.path}: tensor {shown(name)} has an entry that is not understood")
         if not begin <= end <= len(self._bytes) - self._start or end - begin != math.prod(shape) * size:
