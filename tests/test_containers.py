@@ -97,7 +97,8 @@ def rows(make_folder, tmp_path):
     row("tritkit folder", "`binary_rows`", yes(True), yes(True), exact, "transformers after `import tritkit`")
 
     export_gguf(full, tmp_path / "f32.gguf", "f32")
-    for kind in ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "q6_k", "q5_k", "q4_k", "q3_k", "q2_k"):
+    rounding = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "mxfp4")
+    for kind in ("f32", "f16", "bf16", *rounding, "q6_k", "q5_k", "q4_k", "q3_k", "q2_k"):
         path = tmp_path / f"{kind}.gguf"
         written = kind in WRITTEN
         if written:
@@ -123,7 +124,7 @@ def rows(make_folder, tmp_path):
             proof = "llama.cpp, gguf" if kind != "i2_s" else "byte check against bitnet.cpp's source"
             name = kind.upper() + ({True: ", ARM order", False: ", x86 order"}[arm] if kind == "i2_s" else "")
             row("GGUF", name, yes(True), yes(True), exact, proof)
-    row("GGUF", "IQ1 ... IQ4, MXFP4, NVFP4, Q1_0", "refused", "no", "-", "")
+    row("GGUF", "IQ1 ... IQ4, NVFP4, Q1_0", "refused", "no", "-", "")
     row("llama2.c checkpoint", "float32", yes(True), "no", "yes", "llama.cpp, through GGUF")
     row("pickles", "", "refused", "no", "-", "")
     return found

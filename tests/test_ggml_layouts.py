@@ -30,6 +30,8 @@ def random_bytes(name: str, seed: int = 0, shape=SHAPE, finite: bool = False) ->
     if finite:
         for at in layout.floats:
             blocks[:, at : at + 2] = random.uniform(-4, 4, (len(blocks), 1)).astype("<f2").view(np.uint8)
+        if name == "mxfp4":
+            blocks[:, 0] = random.integers(110, 130, len(blocks))
     return blocks.reshape(shape[0], -1)
 
 
@@ -40,9 +42,7 @@ def theirs(name: str, byte: np.ndarray) -> np.ndarray:
 
 
 def test_the_types_are_those_of_the_issue():
-    assert sorted(GGML) == sorted(
-        ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "tq1_0", "tq2_0"]
-    )
+    assert sorted(GGML) == sorted(["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", *K_QUANTS, "mxfp4", "tq1_0", "tq2_0"])
     for name, layout in GGML.items():
         assert (layout.block, layout.block_bytes) == gguf.GGML_QUANT_SIZES[type_of(name)]
         assert layout.name == name
@@ -83,7 +83,8 @@ def test_bytes_come_back(name):
         assert m.codes.min() >= layout.lo and m.codes.max() <= layout.hi
         assert m.scale.dtype == np.float32 and m.scale.shape == (SHAPE[0], SHAPE[1] // layout.group)
         back = layout.pack(m)
-        if name == "tq1_0":  # of its 256 bytes ggml writes 243; the others mean the same as one of these
+        # Of tq1_0's 256 bytes ggml writes 243, and no minus zero of mxfp4; the others mean the same as one of these
+        if name in ("tq1_0", "mxfp4"):
             again = layout.unpack(back, SHAPE)
             assert np.array_equal(again.codes, m.codes) and np.array_equal(again.scale, m.scale)
             byte, back = back.arrays["weight"], layout.pack(again)
@@ -95,12 +96,12 @@ def test_bytes_of_zeros_are_weights_of_zero(name):
     layout = GGML[name]
     zero = np.zeros((2, layout.row_bytes(512)), np.uint8)
     m = layout.unpack(Packed({"weight": zero}), (2, 512))
-    assert not m.scale.any()
+    assert name == "mxfp4" or not m.scale.any()  # its scales are powers of two
     assert np.array_equal(layout.pack(m).arrays["weight"], zero)
     assert not layout.dequantize(Packed({"weight": zero}), (2, 512)).any()
 
 
-@pytest.mark.parametrize("name", GGML)
+@pytest.mark.parametrize("name", [name for name in GGML if name != "mxfp4"])
 def test_scales_that_are_not_finite_are_counted(name):
     layout = GGML[name]
     byte = random_bytes(name, finite=True)
@@ -143,7 +144,7 @@ def test_quantized_bytes_are_ggufs(name):
 
 
 def test_what_gguf_quantizes_we_do():
-    assert QUANTIZERS == ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "tq1_0", "tq2_0"]
+    assert QUANTIZERS == ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "mxfp4", "tq1_0", "tq2_0"]
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
@@ -154,8 +155,9 @@ def test_weights_that_do_not_fit_are_refused(name):
         w[3, 5] = odd
         with pytest.raises(ValueError, match="finite weights, but 1 of these"):
             layout.quantize(w)
-    with pytest.raises(ValueError, match="at most 65504"):
-        layout.quantize(weights() * np.float32(1e9))
+    if name != "mxfp4":
+        with pytest.raises(ValueError, match="at most 65504"):
+            layout.quantize(weights() * np.float32(1e9))
     with pytest.raises(ValueError, match="columns, but a row has 20"):
         layout.quantize(np.ones((4, 20), np.float32))
 
@@ -202,7 +204,7 @@ def test_codes_and_scales_that_do_not_fit_are_refused(name):
             odd = TwoLevels(m.levels.d[:, :1], m.levels.scales, m.levels.dmin, m.levels.mins)
             layout.pack(Unpacked(m.codes, m.scale, m.offset, odd))
         return
-    with pytest.raises(ValueError, match="float16"):
+    with pytest.raises(ValueError, match="powers of two" if name == "mxfp4" else "float16"):
         layout.pack(Unpacked(m.codes, np.full((1, 1), 0.1, np.float32), m.offset))
     with pytest.raises(ValueError, match="do not share out"):
         layout.pack(Unpacked(m.codes, np.ones((5, SHAPE[1] // layout.group * 2), np.float32), m.offset))
@@ -218,7 +220,7 @@ def test_a_shared_scale_is_written_to_each_block(name):
     layout = GGML[name]
     codes = unpacked(name).codes
     for shape in ((1, 1), (5, 1), (1, 3), (5, 3)):
-        scale = np.random.default_rng(0).integers(1, 9, shape).astype(np.float32) / 8
+        scale = np.float32(2) ** np.random.default_rng(0).integers(-3, 4, shape).astype(np.float32)
         back = layout.unpack(layout.pack(Unpacked(codes, scale)), SHAPE)
         assert np.array_equal(back.codes, codes)
         groups = SHAPE[1] // layout.group
@@ -230,6 +232,42 @@ def test_tq2_0_has_three_codes():
     byte[1, 4] |= 0b1100
     with pytest.raises(ValueError, match="fourth code"):
         GGML["tq2_0"].dequantize(Packed({"weight": byte}), SHAPE)
+
+
+def test_every_byte_of_mxfp4():
+    layout = GGML["mxfp4"]
+    byte = np.empty((256, 17), np.uint8)
+    byte[:, 0] = np.arange(256)
+    byte[:, 1:] = np.arange(16) * 0x11
+    found = layout.dequantize(Packed({"weight": byte}), (256, 32))
+    assert np.array_equal(found.view(np.uint32), theirs("mxfp4", byte).view(np.uint32))
+    assert layout.nonfinite(Packed({"weight": byte})) == 1  # 255, NaN by the definition of E8M0
+    scales = layout.first_scales(Packed({"weight": byte}))
+    assert np.array_equal(scales[:-1], 2.0 ** (np.arange(255) - 128)) and np.isnan(scales[-1])
+    back = layout.pack(layout.unpack(Packed({"weight": byte}), (256, 32))).arrays["weight"]
+    byte[:, 9] = 0  # minus zero
+    assert np.array_equal(back, byte)
+
+
+def test_codes_that_no_e2m1_number_has_are_refused():
+    codes = np.full((1, 32), 5, np.int16)
+    with pytest.raises(ValueError, match="with a sign, but the matrix has others"):
+        GGML["mxfp4"].pack(Unpacked(codes, np.ones((1, 1), np.float32)))
+
+
+def test_mxfp4_of_weights_at_the_ends_of_float32():
+    """gguf's exponent wraps round below 2^-125, to NaN; ours stays finite. Above that the bytes are the same."""
+    layout, random = GGML["mxfp4"], np.random.default_rng(0)
+    w = random.uniform(-1, 1, (256, 32)).astype(np.float32)
+    w[:, 0] = 1
+    w = np.ldexp(w, np.arange(-128, 128)[:, None])
+    packed = layout.quantize(w)
+    with np.errstate(over="ignore"):
+        assert np.array_equal(packed.arrays["weight"][3:], quantize(w[3:], type_of("mxfp4")))
+    assert layout.nonfinite(packed) == 0
+    for most in (1e-45, np.finfo(np.float32).max):
+        x = np.full((1, 32), most, np.float32)
+        assert np.isfinite(layout.dequantize(layout.quantize(x), (1, 32))).all()
 
 
 # bitnet.cpp, src/ggml-bitnet-mad.cpp, quantize_i2_s: element j of block i goes to byte i * lanes + j % lanes, shifted

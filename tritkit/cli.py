@@ -354,8 +354,8 @@ def export(arguments: list[str]) -> int:
     parser.add_argument("out", metavar="OUT", help="FILE.gguf or a folder")
     parser.add_argument(
         "--type",
-        help="GGUF: type of the linears: f32, f16, bf16, q4_0, q4_1, q5_0, q5_1, q8_0, tq1_0, tq2_0 or i2_s "
-        "(default: what they are; ternary ones tq2_0)",
+        help="GGUF: type of the linears: f32, f16, bf16, q4_0, q4_1, q5_0, q5_1, q8_0, mxfp4, tq1_0, tq2_0 or "
+        "i2_s (default: what they are; ternary ones tq2_0)",
     )
     parser.add_argument(
         "--embedding-type", help="GGUF: type of embedding and head (default: the type; with tq q8_0, with i2_s f16)"

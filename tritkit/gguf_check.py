@@ -15,7 +15,7 @@ from .gguf_model import open_gguf
 from .layouts import GGML, LAYOUTS, Packed
 
 SAMPLE = 16  # rows of each matrix that are read back
-ROUNDING = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")  # types that hold the nearest of their numbers
+ROUNDING = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "mxfp4")  # types that hold the nearest of their numbers
 
 
 def verify(
@@ -77,6 +77,12 @@ def largest_error(kind: str, values: np.ndarray) -> np.ndarray:
         return size * (2.0**-8 if kind == "bf16" else 2.0**-11) + (0 if kind == "bf16" else 2.0**-25)
     blocks = values.reshape(*values.shape[:-1], -1, GGML[kind].block)
     widest = np.abs(blocks).max(-1, keepdims=True)
+    if kind == "mxfp4":
+        # Half of the gap from 4 to 6 at a scale that is 2^(floor(log2 widest) - 2), or what is above 6: 8 is possible.
+        with np.errstate(divide="ignore"):
+            scale = np.exp2(np.maximum(np.floor(np.log2(widest)) - 2, -127))
+        allowed = np.maximum(scale, widest - 6 * scale)
+        return np.broadcast_to(allowed, blocks.shape).reshape(values.shape)
     spread = blocks.max(-1, keepdims=True) - blocks.min(-1, keepdims=True)
     # Half a step, or a whole one at the end that a signed grid lacks; and float16 scales.
     step = {

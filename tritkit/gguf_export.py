@@ -23,15 +23,14 @@ from .gguf_check import verify
 from .gguf_config import ARCHITECTURES, ROPE_FACTORS, architecture_of, metadata_of, rope_factors
 from .gguf_model import ggml_name, halves_to_pairs
 from .gguf_writer import NewTensor, write_gguf
-from .layouts import GGML, I2S, LAYOUTS, Packed, Unpacked
-from .layouts.ggml_legacy import GgmlLegacy
+from .layouts import GGML, I2S, LAYOUTS, GgmlQuantizer, Packed, Unpacked
 from .layouts.translate import TERNARY as TERNARY_LAYOUTS
 from .layouts.translate import pack_ternary, ternary_codes, translate
 from .newfolder import require_finite
 from .progress import progress
 
 TERNARY = ("tq1_0", "tq2_0", "i2_s")
-WRITTEN = ("f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", *TERNARY)
+WRITTEN = ("f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "mxfp4", *TERNARY)
 # What a type's embedding and head become where nothing else is asked for. Rounding them to 8 bits costs nothing that
 # can be measured; Microsoft's I2_S files keep them at 16.
 EMBEDDINGS = {"tq1_0": "q8_0", "tq2_0": "q8_0", "i2_s": "f16"}
@@ -236,7 +235,7 @@ def encoded(model: ModelFolder, name: str, kind: str, order: str, rows: np.ndarr
         packed = _as_ternary(model, name, target)
     else:
         layout_of = GGML[kind]
-        assert isinstance(layout_of, GgmlLegacy)  # the others cannot quantise yet, and plan() refuses them
+        assert isinstance(layout_of, GgmlQuantizer)  # the others cannot quantise yet, and plan() refuses them
         packed = layout_of.quantize(model.floats(name))
     packed = Packed({**packed.arrays, "weight": ordered(packed.arrays["weight"])})
     layout = LAYOUTS[target]

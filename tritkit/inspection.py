@@ -95,11 +95,8 @@ def _scales(model: ModelFolder, name: str) -> tuple[float, float]:
         values = np.abs(stored._replace(array=stored.array[:rows]).float32())
         return 0.0, float(values.max(initial=0))
     if model.layouts[name] in GGML:
-        layout = GGML[model.layouts[name]]
-        blocks = model.packed(name).arrays["weight"].reshape(-1, layout.block_bytes)
-        at = layout.floats[0]
-        half = np.ascontiguousarray(blocks[:, at : at + 2]).view(np.float16)
-        values = np.abs(half[np.isfinite(half) & (half != 0)].astype(np.float32))
+        scales = GGML[model.layouts[name]].first_scales(model.packed(name))
+        values = np.abs(scales[np.isfinite(scales) & (scales != 0)])
     else:
         values = np.abs(model.packed(name).arrays["weight_scale"].astype(np.float32).reshape(-1))
     return float(values.min(initial=np.inf)), float(values.max(initial=0))
@@ -152,14 +149,15 @@ def _can(model: ModelFolder, tokenizer: dict[str, Any] | None) -> list[str]:
     verbs = ["bench"]
     if tokenizer is not None:
         verbs = ["generate", *(["chat"] if tokenizer["chat_template"] else []), "eval", "bench"]
-    can = [f"{', '.join(verbs)}, with the native or the torch engine"]
+    native = "mxfp4" not in model.layouts.values()  # the one type of ggml that engine.load refuses to the native one
+    can = [f"{', '.join(verbs)}, with {'the native or the torch engine' if native else '--engine torch'}"]
     if model.container != "folder":
         can.append("import to a model folder")
     if not model.is_packed and model.container == "folder":
         can.append("train: go on from its weights")
     if model.config.weights and not model.is_packed:
         can.append("pack")
-    kinds = "f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0"
+    kinds = "f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, mxfp4"
     if model.config.weights == "ternary":
         can.append(f"export to GGUF: tq2_0, tq1_0, i2_s, {kinds}")
         can.append("export to transformers: --to hf-bitlinear, hf-autobitlinear, bf16, float16, float32")

@@ -17,7 +17,7 @@ from ..sources import open_model
 from ..tensorfile import StoredTensor
 from ..tokenizer import Tokenizer
 from . import Engine
-from .weights import DecoderShape, DecoderWeights, LayerWeights, LinearWeights
+from .weights import BLOCKS, DecoderShape, DecoderWeights, LayerWeights, LinearWeights
 
 FLOAT_LAYOUTS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 LINEARS = {
@@ -162,6 +162,8 @@ def _packed_linear(
 ) -> LinearWeights:
     """Codes. ggml's blocks have their scales inside, and run on activations in groups of 32, as in llama.cpp, unless
     the model is a ternary one, whose matrices have one scale and whose activations have one a token."""
+    if layout in GGML and layout not in BLOCKS:
+        raise ValueError(f"{name} is {layout}, which only the torch engine runs")
     if layout in GGML:
         if config.weights is None or name in (EMBEDDING, HEAD):
             return LinearWeights(layout, arrays["weight"], *shape, activations="a8_g32")

@@ -5,6 +5,7 @@ from .dense import BinaryRows, Dense
 from .ggml import GgmlBlocks, GgmlQuantizer
 from .ggml_k import Q2K, Q3K, Q4K, Q5K, Q6K
 from .ggml_legacy import GgmlLegacy
+from .ggml_mx import MXFP4
 from .ggml_tq import TQ1, TQ2
 from .hf import HFBitNet
 from .i2s import I2S, detect_i2s, layer_evidence
@@ -24,6 +25,7 @@ LAYOUTS: dict[str, Layout] = {
     "q4_k": Q4K(),
     "q5_k": Q5K(),
     "q6_k": Q6K(),
+    "mxfp4": MXFP4(),
     "tq1_0": TQ1(),
     "tq2_0": TQ2(),
     "i2_s_x86": I2S("i2_s_x86"),

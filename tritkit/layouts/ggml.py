@@ -51,7 +51,7 @@ class GgmlBlocks(Layout):
             rows = byte[some]
             part = self.unpack(Packed({"weight": rows}), (len(rows), shape[1]))
             y = values[some].reshape(len(rows), -1, self.group)
-            with np.errstate(invalid="ignore"):  # scales that are not finite are nonfinite's to report
+            with np.errstate(invalid="ignore", over="ignore"):  # scales that are not finite are nonfinite's to report
                 np.multiply(part.codes.reshape(y.shape), part.scale[..., None], out=y, dtype=np.float32)
                 if part.offset is not None:
                     y += part.offset[..., None]
@@ -59,11 +59,15 @@ class GgmlBlocks(Layout):
 
     def nonfinite(self, packed: Packed) -> int:
         """How many blocks have a scale that is not finite, which no quantiser writes."""
-        blocks = self._array(packed, "weight", (-1, -1)).reshape(-1, self.block_bytes)
+        blocks = self._blocks(packed)
         odd = np.zeros(len(blocks), bool)
         for at in self.floats:
             odd |= (blocks[:, at + 1] & 0x7C) == 0x7C  # the exponent of a float16 is all ones
         return int(odd.sum())
+
+    def first_scales(self, packed: Packed) -> np.ndarray:
+        """Of each block the scale, float32; of k-quants d, which multiplies the scales of its groups."""
+        return float32(self._blocks(packed)[:, self.floats[0] : self.floats[0] + 2])[:, 0]
 
     @abstractmethod
     def _pack_blocks(self, codes: np.ndarray, matrix: Unpacked) -> np.ndarray:
@@ -75,20 +79,28 @@ class GgmlBlocks(Layout):
     def _stored(self, packed: Packed, shape: tuple[int, int]) -> np.ndarray:
         return self._array(packed, "weight", (shape[0], self.row_bytes(shape[1])))
 
-    def _float16(self, values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-        """Numbers of the groups of a matrix of that shape as bytes [groups in all, 2]; those shared are repeated."""
+    def _blocks(self, packed: Packed) -> np.ndarray:
+        return self._array(packed, "weight", (-1, -1)).reshape(-1, self.block_bytes)
+
+    def _for_groups(self, values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+        """Numbers of the groups of a matrix of that shape, [groups in all, 1]; those shared are repeated."""
         groups = shape[1] // self.group
         rows, given = values.shape
         if rows not in (1, shape[0]) or not given or groups % given:
             raise ValueError(
                 f"{self.name} has a scale for {self.group} columns; {values.shape} do not share out {shape}"
             )
+        spread = np.broadcast_to(np.repeat(values, groups // given, axis=1), (shape[0], groups))
+        return np.ascontiguousarray(spread).reshape(-1, 1)
+
+    def _float16(self, values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+        """The same as float16, in bytes [groups in all, 2]; ValueError for what float16 does not hold."""
+        values = self._for_groups(values, shape)
         with np.errstate(over="ignore"):
             half = values.astype("<f2")
         if not np.array_equal(half.astype(np.float32), values, equal_nan=True):
             raise ValueError(f"{self.name} holds scales as float16, but these are no float16 values")
-        spread = np.broadcast_to(np.repeat(half, groups // given, axis=1), (shape[0], groups))
-        return np.ascontiguousarray(spread).reshape(-1, 1).view(np.uint8)
+        return half.view(np.uint8)
 
 
 class GgmlQuantizer(GgmlBlocks):
