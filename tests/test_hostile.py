@@ -120,6 +120,14 @@ VALUES = {
     "a layout": ({"quantization_config": {"quant_method": "tritkit", "layout": {"a": 1}}}, "layout"),
     "scaling": ({"rope_parameters": {"rope_type": "yarn", "factor": float("nan")}}, "factor nan"),
     "scaling by text": ({"rope_parameters": LONG}, "rope parameters"),
+    "frequencies beyond float32": (
+        {"rope_parameters": {"rope_type": "linear", "factor": 1e-300, "rope_theta": 1e4}},
+        "no finite numbers",
+    ),
+    "turns beyond any number": (
+        {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4, "beta_slow": 1e-320}},
+        "no finite numbers",
+    ),
     "another scaling": ({"rope_parameters": {"rope_type": [1]}}, "rope scaling"),
 }
 PATTERNS = {
@@ -139,7 +147,7 @@ def test_values_of_a_config(make_folder, values, message):
     folder = make_folder("llama")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **values}))
-    assert message in refused(open_folder, folder)
+    assert message in refused(lambda: open_folder(folder).config.rope_frequencies())
 
 
 @pytest.mark.parametrize("what", PATTERNS)
@@ -253,6 +261,12 @@ TOKENIZERS = {
     "a panic: an odd table": lambda tree: replaced(
         tree, normalizer={"type": "Precompiled", "precompiled_charsmap": "BAAAAP////8="}
     ),
+    "a table of gigabytes": lambda tree: replaced(
+        tree, normalizer={"type": "Precompiled", "precompiled_charsmap": "////f0FB" * 100}
+    ),
+    "the same in disguise": lambda tree: replaced(
+        tree, normalizer={"type": "Precompiled", "precompiled_charsmap": "////f0FB" * 100}
+    ).replace("precompiled_charsmap", "pr\\u0065compiled\\u005Fcharsmap"),
     "a panic: a long prefix": lambda tree: replaced(
         tree, model={**tree["model"], "continuing_subword_prefix": "é" * 50}
     ),

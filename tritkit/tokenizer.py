@@ -16,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from .files import atomic_open
 from .jsonfile import read_object, shown
-from .tokenizer_guard import refusing, require_bounded, serialized
+from .tokenizer_guard import refusing, require_bounded, require_honest, serialized
 
 LARGEST = 256 << 20  # bytes of a tokenizer.json; those of the largest vocabularies have some tens of MiB
 LARGEST_TEMPLATE = 1 << 20
@@ -72,7 +72,7 @@ class Tokenizer:
             where = file.with_name("generation_config.json")
             raise ValueError(f"{where}: eos_token_id is {shown(stops)}, expected numbers of tokens")
         with refusing(f"{file} is not a tokenizer of the tokenizers library", quiet=True):
-            inner = HFTokenizer.from_file(str(file))
+            inner = HFTokenizer.from_buffer(require_honest(file.read_bytes()))
             inner.no_padding()  # a text is what it is, whatever the file would make of its length
             inner.no_truncation()
             require_bounded(inner)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -16,6 +18,10 @@ from tokenizers import Tokenizer as HFTokenizer
 from .jsonfile import shown
 
 SEQUENCES = ("normalizers", "decoders", "pretokenizers", "processors")  # where a part keeps its steps
+TABLE = re.compile(rb'"precompiled_charsmap"\s*:\s*("[^"]*")')
+ESCAPED_TABLE = re.compile(
+    b'"' + b"".join(rb"(?:%c|\\u00(?i:%02x))" % (c, c) for c in b"precompiled_charsmap") + rb'"\s*:\s*("[^"]*")'
+)
 MOST_STEPS = 64  # of a normalizer, a decoder, ...
 MOST_GROWTH = 256.0  # characters that one character may become
 MOST_AROUND = 4096  # characters or tokens that may be put around a text
@@ -70,6 +76,18 @@ def _panics_unheard() -> Iterator[None]:
                 with suppress(OSError), os.fdopen(os.dup(place), "wb") as out:
                     shutil.copyfileobj(held, out)
             os.close(place)
+
+
+def require_honest(raw: bytes) -> bytes:
+    """A tokenizer.json as it is. ValueError where the table of a Precompiled normalizer claims to be larger than it is:
+    the library would take that much memory before it looks."""
+    escaped = any(raw.find(rb"\u00%d" % digit) >= 0 for digit in (5, 6, 7))  # letters, as nobody writes them
+    for table in (ESCAPED_TABLE if escaped else TABLE).finditer(raw) if escaped or b"charsmap" in raw else ():
+        text = json.loads(table[1])
+        start = base64.b64decode(text[:8])
+        if len(start) < 4 or int.from_bytes(start[:4], "little") > len(text):
+            raise ValueError("its precompiled_charsmap claims more bytes than it has")
+    return raw
 
 
 def require_bounded(inner: HFTokenizer) -> None:

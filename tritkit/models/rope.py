@@ -96,8 +96,15 @@ def frequencies(rope: Rope, theta: float, head_dim: int, max_positions: int) -> 
     """Turn of each pair of dimensions from one position to the next, float32 [head_dim / 2], and what multiplies cos
     and sin."""
     plain = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    scaled, attention_factor = SCALINGS[rope.type].scale(rope, plain, theta, max_positions)
-    return scaled.astype(np.float32), attention_factor
+    try:
+        with np.errstate(all="ignore"):
+            scaled, attention_factor = SCALINGS[rope.type].scale(rope, plain, theta, max_positions)
+            turns = scaled.astype(np.float32)
+    except (OverflowError, ZeroDivisionError):
+        turns, attention_factor = np.full(1, np.nan, np.float32), math.nan
+    if not np.isfinite(turns).all() or not math.isfinite(attention_factor):
+        raise ValueError(f"rope scaling {rope.type!r} makes frequencies that are no finite numbers")
+    return turns, attention_factor
 
 
 Scaled = tuple[NDArray[np.float64], float]
