@@ -18,6 +18,8 @@ from tritkit.gguf import GGUFFile, Strings
 from tritkit.gguf_export import export_gguf
 from tritkit.gguf_model import open_gguf
 from tritkit.gguf_writer import NewTensor, write_gguf
+from tritkit.importer import import_model
+from tritkit.inspection import inspect
 from tritkit.jsonfile import LARGEST, parse, shown
 from tritkit.llama2c import open_llama2c
 from tritkit.pack import pack
@@ -436,6 +438,18 @@ def test_values_are_shown_in_one_short_line():
     assert "too large" in shown(nest)
     while nest:
         nest = nest[0]  # Python would free it by recursion
+
+
+@pytest.mark.parametrize("layout", ["tq2_0", "q4_1"])
+def test_blocks_are_as_many_as_the_config_says(make_folder, tmp_path, layout):
+    folder = make_folder("llama", hidden_size=256, intermediate_size=512)
+    export_gguf(open_folder(folder), tmp_path / "x.gguf", "q8_0")
+    import_model(tmp_path / "x.gguf", tmp_path / "blocks")
+    config = json.loads((tmp_path / "blocks" / "config.json").read_text())
+    layouts = config["quantization_config"]["layouts"] or {}
+    config["quantization_config"] |= {"layout": None, "layouts": {**layouts, "model.layers.0.mlp.up_proj": layout}}
+    (tmp_path / "blocks" / "config.json").write_text(json.dumps(config))
+    assert f"weights in {layout} are bytes" in refused(inspect, tmp_path / "blocks")
 
 
 def test_good_json_is_read():

@@ -16,7 +16,7 @@ import numpy as np
 
 from .files import atomic_open
 from .jsonfile import read_object, shown
-from .layouts import LAYOUTS, Packed, Unpacked
+from .layouts import GGML, LAYOUTS, Packed, Unpacked
 from .models.config import ModelConfig, config_from_hf
 from .tensorfile import LazyTensor, StoredTensor, TensorFile, write_tensors
 from .tokenizer import Tokenizer
@@ -206,6 +206,14 @@ def require_complete(folder: ModelFolder) -> None:
             found, wanted = tensors[f"{name}.weight"].array.shape, matrix_shape(config, name)
             if found != wanted:
                 raise ValueError(f"{name}.weight has the shape {found}, but config.json asks for {wanted}")
+        elif folder.layouts[name] in GGML:
+            stored, (rows, columns) = tensors[f"{name}.weight"], matrix_shape(config, name)
+            layout = GGML[folder.layouts[name]]
+            if stored.array.shape != (rows, layout.row_bytes(columns)) or stored.array.dtype != np.uint8:
+                raise ValueError(
+                    f"{name}.weight is {stored.dtype} {stored.array.shape}, but {rows} x {columns} weights in "
+                    f"{layout.name} are bytes {(rows, layout.row_bytes(columns))}"
+                )
         elif folder.layouts[name] in SCALED and f"{name}.weight_scale" not in tensors:
             raise ValueError(
                 f"{folder.path} has no tensor {name}.weight_scale, which the layout {folder.layouts[name]} needs"
