@@ -5,8 +5,7 @@
 
 Found is: any other exception, a warning, a message that is no sentence of tritkit's, more than SECONDS, more memory
 than the bounds below, and a process that dies. What is found is written to build/fuzz. Every input follows from the
-seed, the reader and its number alone. Mutators of our own, since they know the formats; coverage-guided fuzzers
-(atheris) have no wheels for all Pythons that tritkit runs on, and hypothesis is ten times slower.
+seed, the reader and its number alone. The mutators are our own, since they know the formats; nothing has to be installed.
 """
 
 from __future__ import annotations
