@@ -5,7 +5,7 @@
 
 Found is: any other exception, a warning, a message that is no sentence of tritkit's, more than SECONDS, more memory
 than the bounds below, and a process that dies. What is found is written to build/fuzz. Every input follows from the
-seed, the reader and its number alone. The mutators are our own, since they know the formats; nothing has to be installed.
+seed, the reader and its number alone. The mutators are our own, since they know the formats.
 """
 
 from __future__ import annotations
