@@ -339,6 +339,10 @@ def as_array(tensor: GGUFTensor) -> tuple[str, np.ndarray]:
     if tensor.type in FLOAT_TYPES:
         dtype, kind = FLOAT_TYPES[tensor.type]
         return dtype, tensor.data.view(kind).reshape(tensor.shape)
+    if len(tensor.shape) != 2 or (tensor.type == "i2_s" and tensor.shape[1] % 4):
+        raise ValueError(
+            f"a tensor of {tensor.type.upper()} has the shape {tensor.shape}, expected rows of whole blocks"
+        )
     if tensor.type == "i2_s":
         return "U8", tensor.data[: math.prod(tensor.shape) // 4].reshape(tensor.shape[0], -1)
     return "U8", tensor.data.reshape(tensor.shape[0], -1)
