@@ -29,7 +29,7 @@ class Integer(Format):
     def has_offset(self) -> bool:
         return not self.symmetric
 
-    def fit(self, w_rgk: Tensor) -> Grid:
+    def fit(self, w_rgk: Tensor, importance: Tensor | None = None) -> Grid:
         if self.symmetric:
             absmax = w_rgk.abs().amax(-1, keepdim=True)
             return Grid.from_scale(self._storable(absmax / self.hi))
@@ -74,7 +74,7 @@ class AbsmaxActivation(Format):
 
     peak: float = 127.0
 
-    def fit(self, w_rgk: Tensor) -> Grid:
+    def fit(self, w_rgk: Tensor, importance: Tensor | None = None) -> Grid:
         return Grid.from_inverse(self.peak / w_rgk.abs().amax(-1, keepdim=True).clamp_(min=EPSILON))
 
 
@@ -82,5 +82,5 @@ class AbsmaxActivation(Format):
 class AbsmeanActivation(Format):
     """BitNet a4.8's INT4: codes clip(round(sqrt(7) x / mean|x|), -8, 7) per token. arXiv 2411.04965 section 2."""
 
-    def fit(self, w_rgk: Tensor) -> Grid:
+    def fit(self, w_rgk: Tensor, importance: Tensor | None = None) -> Grid:
         return Grid.from_inverse(math.sqrt(7.0) / w_rgk.abs().mean(-1, keepdim=True).clamp(min=EPSILON))
