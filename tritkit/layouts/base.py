@@ -32,6 +32,18 @@ class TwoLevels:
     dmin: np.ndarray | None = None
     mins: np.ndarray | None = None
 
+    @staticmethod
+    def joined(parts: list[TwoLevels]) -> TwoLevels:
+        """Those of neighbouring columns as one."""
+
+        def cat(name: str) -> np.ndarray | None:
+            arrays = [getattr(part, name) for part in parts]
+            return None if arrays[0] is None else np.concatenate(arrays, axis=1)
+
+        d, scales = cat("d"), cat("scales")
+        assert d is not None and scales is not None
+        return TwoLevels(d, scales, cat("dmin"), cat("mins"))
+
 
 @dataclass(frozen=True)
 class Unpacked:
