@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent / "tritkit"
 FLOORS = {
     "layouts": 0, "formats": 0,
     "kernels": 1,
-    "layers": 2, "models": 2, "tokenizer": 2, "tokenizer_guard": 2,
+    "layers": 2, "stored": 2, "models": 2, "tokenizer": 2, "tokenizer_guard": 2,
     "data": 3, "optim": 3, "trainer": 3, "trainstate": 3, "checkpoint": 3, "pack": 3, "folderfacts": 3,
     "tensorfile": 3, "gguf": 3, "gguf_writer": 3, "gguf_config": 3, "gguf_model": 3, "llama2c": 3, "sources": 3,
     "importer": 3, "hub": 3, "newfolder": 3,

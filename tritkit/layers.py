@@ -188,6 +188,22 @@ class PackedLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
+class Adapter(nn.Module):
+    """An additive branch on a layer: W x + b, x the layer's input (QwT, arXiv 2411.13918). Begins as zero.
+
+    weight: [hidden, hidden], float16 as it is stored, or float32 while it is fitted; bias: float32 [hidden]. The
+    product is one of float32.
+    """
+
+    def __init__(self, hidden: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(hidden, hidden, dtype=torch.float16), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(hidden), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.float(), self.weight.float(), self.bias)
+
+
 def linear_for(weights: str | None, activations: str | None, norm_eps: float = 0.0):
     """The class of linear for a pair of formats, as a function (in_features, out_features, bias=False) -> Linear."""
     if weights is None:

@@ -11,6 +11,7 @@ FORMATS: dict[str, Format] = {
     "ternary": Ternary(),
     "a8": AbsmaxActivation("a8", -128, 127, "row"),
     "a8_q128": AbsmaxActivation("a8_q128", -128, 127, "row", peak=128.0),
+    "a8_g32": AbsmaxActivation("a8_g32", -127, 127, 32),  # what the native engine makes of inputs without a format
     "a4": AbsmeanActivation("a4", -8, 7, "row"),
 }
 

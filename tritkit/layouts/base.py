@@ -76,6 +76,12 @@ class Layout(ABC):
             grouped += matrix.offset[:, :, None]
         return grouped.reshape(shape)
 
+    def rows(self, packed: Packed, shape: tuple[int, int], some: slice | np.ndarray) -> Packed | None:
+        """What is stored of some rows, as a matrix of its own; views for a slice. None where rows share bytes."""
+        if len(packed.arrays["weight"]) != shape[0]:
+            return None
+        return Packed({n: a[some] if a.ndim == 2 and len(a) == shape[0] else a for n, a in packed.arrays.items()})
+
     def _require_codes(self, codes: np.ndarray, allowed: tuple[int, ...]) -> None:
         low, high = int(codes.min(initial=0)), int(codes.max(initial=0))
         if low < min(allowed) or high > max(allowed) or not np.isin(codes, allowed).all():

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import Linear, RMSNorm, linear_for
+from ..layers import Adapter, Linear, RMSNorm, linear_for
 from .config import ModelConfig
 
 SHORT_CONTEXT = 1024  # up to here a full matrix of attention scores is affordable
@@ -137,10 +137,12 @@ class Layer(nn.Module):
         self.mlp = MLP(config, f"{at}.mlp", linear)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.adapter: Adapter | None = None  # what after-training correction adds: + W x + b of the layer's input
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        y = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+        y = y + self.mlp(self.post_attention_layernorm(y))
+        return y if self.adapter is None else y + self.adapter(x)
 
 
 class Decoder(nn.Module):
