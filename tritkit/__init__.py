@@ -17,11 +17,12 @@ _PUBLIC = {
     "load": "tritkit.engine.load",
     "generate": "tritkit.engine.text",
     "train": "tritkit.trainer",
+    "quantize": "tritkit.methods.modules",
     "evaluate": "tritkit.evals",
     "FORMATS": "tritkit.formats",
 }
 
-__all__ = ["FORMATS", "__version__", "evaluate", "generate", "load", "train"]
+__all__ = ["FORMATS", "__version__", "evaluate", "generate", "load", "quantize", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..formats import QTensor
-from ..layers import InputQuantizer
+from ..stored import InputQuantizer
 from . import METHODS, NEED_INPUTS
-from .record import record_of
 from .recipe import Plan, Recipe
+from .record import record_of
 from .stats import InputStats
 
 Call = Callable[[nn.Module, int, Tensor], Tensor]  # (block, number of the chunk, its input) -> output
@@ -59,9 +59,15 @@ def is_matrix(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
 
 
+def parameter_of(module: nn.Module) -> Tensor:
+    """Its weights as they are."""
+    assert isinstance(module.weight, Tensor)
+    return module.weight
+
+
 def matrix_of(module: nn.Module) -> Tensor:
     """Its weights, float32 [out, in]."""
-    return module.weight.detach().float().flatten(1)
+    return parameter_of(module).detach().float().flatten(1)
 
 
 def input_rows(module: nn.Module, x: Tensor) -> Tensor:
@@ -82,14 +88,14 @@ def quantize_block(job: BlockJob) -> None:
         for name in wanted:
             _solve(job, name, None)
         return
-    stages = _stages(job, wanted)
+    stages = stages_of(job, wanted)
     if any(job.plans[name].method in NEED_INPUTS for name in wanted):
         for stage in stages:
-            stats = _collect(job, [stage])
+            stats = collect(job, [stage])
             for name in stage:
                 _solve(job, name, stats[name])
         return
-    stats = _collect(job, stages)
+    stats = collect(job, stages)
     for stage in stages:
         for name in stage:
             _solve(job, name, stats[name])
@@ -101,7 +107,7 @@ def outputs(job: BlockJob) -> list[Tensor]:
         return [job.call(job.block, i, x) for i, x in enumerate(job.inputs)]
 
 
-def _stages(job: BlockJob, wanted: Mapping[str, nn.Module]) -> list[list[str]]:
+def stages_of(job: BlockJob, wanted: Mapping[str, nn.Module]) -> list[list[str]]:
     """Names by the input that they share, in the order of computation; linears that are not called come last, alone."""
     seen: list[tuple[str, tuple]] = []
     alive = []  # keeps the inputs, so that no address is used twice
@@ -133,7 +139,7 @@ def _stages(job: BlockJob, wanted: Mapping[str, nn.Module]) -> list[list[str]]:
     return stages + [[name] for name in wanted if name not in called]
 
 
-def _collect(job: BlockJob, stages: Sequence[Sequence[str]]) -> dict[str, InputStats]:
+def collect(job: BlockJob, stages: Sequence[Sequence[str]]) -> dict[str, InputStats]:
     """Statistics of the inputs of these stages over all chunks; linears of a stage share theirs."""
     found: dict[str, InputStats] = {}
     handles = []
@@ -181,7 +187,8 @@ def _solve(job: BlockJob, name: str, stats: InputStats | None) -> None:
                          "not finite")  # fmt: skip
     seconds = time.perf_counter() - began
     job.done[name] = Quantised(weight, inputs, record_of(before, after, weight, plan, stats, seconds))
-    module.weight.data = after.reshape(module.weight.shape).to(module.weight.dtype)
+    parameter = parameter_of(module)
+    parameter.data = after.reshape(parameter.shape).to(parameter.dtype)
     if inputs is not None:
         install(module, inputs)
     job.advance()

@@ -83,7 +83,7 @@ def _columns(
 
     Updates go to the columns of the same lazy batch at once and to all later ones when the batch is done.
     """
-    rows, columns = w.shape
+    columns = w.shape[1]
     codes, grids = torch.empty_like(w), []
     size = format.block
     batch = options.columns if fixed is not None else max(options.columns // size, 1) * size

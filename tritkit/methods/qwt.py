@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..layers import Adapter
+
 Pair = tuple[Tensor, Tensor]  # what the block reads and what is missing from its output, [..., in] and [..., out]
 
 
@@ -26,6 +28,12 @@ class Compensation:
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.nn.functional.linear(x.float(), self.weight.float(), self.bias)
+
+    def module(self) -> Adapter:
+        """The same as a part of a model."""
+        adapter = Adapter(*self.weight.shape)
+        adapter.weight.data, adapter.bias.data = self.weight, self.bias
+        return adapter
 
 
 def solve(pairs: Iterable[Pair], ridge: float) -> Compensation:

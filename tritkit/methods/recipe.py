@@ -208,7 +208,8 @@ def check(loaded: LoadedRecipe) -> None:
     for name in (recipe.embedding, recipe.head, *recipe.budget.options):
         if name is not None and name != KEEP:
             _require_format(name)
-    for owner in (recipe, *loaded.rules):
+    owners: tuple[Recipe | Rule, ...] = (recipe, *loaded.rules)
+    for owner in owners:
         _require(owner.method, METHOD_NAMES, "method")
         _require(owner.range, RANGE_NAMES, "range")
         _require(owner.inputs_range, RANGE_NAMES, "inputs_range")

@@ -72,7 +72,7 @@ def histogram(values: Tensor) -> dict[str, Any]:
 
 
 def ranges_of(rows: Tensor) -> dict[str, list[float]]:
-    """The range of the inputs that each method would choose for int8 codes of the whole tensor: {method: [low, high]}."""
+    """The range of the inputs that each method would choose for int8 codes of the whole tensor: {method: [lo, hi]}."""
     from ..formats import format_of
     from .ranges import RangeObserver
 

@@ -57,7 +57,7 @@ class DecoderStream:
         return torch.from_numpy(table)[tokens]
 
     def log_probabilities(self, hidden: Tensor) -> Iterator[Tensor]:
-        """log softmax of the output head, float32 [STRIP, vocabulary] after each other, of hidden states [..., hidden]."""
+        """log softmax of the output head for hidden states [..., hidden]: float32 [STRIP, vocabulary] one by one."""
         head, norm = self._head(), self.model.tensors["model.norm.weight"].float32()
         wide = hidden.flatten(0, -2).float()
         wide = torch.from_numpy(norm) * (

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..layers import RMSNorm
 from ..models.config import ModelConfig
+from .blocks import matrix_of, parameter_of
 from .recipe import Plan, Recipe
 from .rtn import fit
 from .stats import InputStats
@@ -50,21 +51,19 @@ def folds(config: ModelConfig) -> list[Fold]:
 def apply(layer: nn.Module, fold: Fold, scale: Tensor) -> None:
     """Multiply the columns of the readers by ``scale`` and divide what they read by it."""
     source = layer.get_submodule(fold.source)
-    if isinstance(source, RMSNorm):
-        source.weight.div_(scale)
-    else:
-        source.weight.div_(scale[:, None])
-        if source.bias is not None:
-            source.bias.div_(scale)
+    parameter_of(source).div_(scale if isinstance(source, RMSNorm) else scale[:, None])
+    bias = getattr(source, "bias", None)
+    if bias is not None:
+        bias.div_(scale)
     for name in fold.readers:
-        layer.get_submodule(name).weight.mul_(scale)
+        parameter_of(layer.get_submodule(name)).mul_(scale)
 
 
 def scale_of(
     layer: nn.Module, fold: Fold, stats: InputStats, plans: Mapping[str, Plan], recipe: Recipe
 ) -> Tensor | None:
     """The scale that the recipe's transform chooses for a fold, float32 [in]; None: none helps."""
-    weights = {name: layer.get_submodule(name).weight.detach().float() for name in fold.readers}
+    weights = {name: matrix_of(layer.get_submodule(name)) for name in fold.readers}
     if recipe.transform == "smoothquant":
         return smoothquant(weights, stats, recipe.smoothquant.alpha)
     return awq(weights, stats, {name: plans[name] for name in fold.readers}, recipe.awq.steps)
