@@ -18,6 +18,7 @@ FLOORS = {
     "importer": 3, "hub": 3, "newfolder": 3,
     "difference": 3, "gguf_export": 3, "gguf_check": 3, "gguf_tokenizer": 3, "gguf_vocab": 3,
     "pretokenizers": 3, "spm": 3, "hf_export": 3, "hf": 3, "hf_hook": 3, "inspection": 3,
+    "methods": 3,
     "engine": 4, "evals": 4, "chat": 4, "template": 4, "template_child": 4,
     "tables": 5, "speed": 5, "cli": 6, "__main__": 7,
 }  # fmt: skip

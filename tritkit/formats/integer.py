@@ -30,11 +30,13 @@ class Integer(Format):
         return not self.symmetric
 
     def fit(self, w_rgk: Tensor, importance: Tensor | None = None) -> Grid:
+        return self.grid_of(w_rgk.amin(-1, keepdim=True), w_rgk.amax(-1, keepdim=True))
+
+    def grid_of(self, low: Tensor, high: Tensor) -> Grid:
+        """The grid that covers a range, ends in float [rows, groups, 1]: a symmetric one up to the larger magnitude."""
         if self.symmetric:
-            absmax = w_rgk.abs().amax(-1, keepdim=True)
-            return Grid.from_scale(self._storable(absmax / self.hi))
-        low = w_rgk.amin(-1, keepdim=True).clamp(max=0)
-        high = w_rgk.amax(-1, keepdim=True).clamp(min=0)
+            return Grid.from_scale(self._storable(torch.maximum(-low, high) / self.hi))
+        low, high = low.clamp(max=0), high.clamp(min=0)
         scale = self._storable((high - low) / self.hi)
         zero = (-low / scale).round_().clamp_(self.lo, self.hi)
         return Grid.from_scale(scale, offset=-scale * zero)
