@@ -61,7 +61,7 @@ def test_values_are_ggufs_bit_for_bit(name):
 
 @pytest.mark.parametrize("name", GGML)
 def test_rows_that_are_taken_some_at_a_time(name, monkeypatch):
-    monkeypatch.setattr("tritkit.layouts.ggml.CHUNK", 2 * SHAPE[1])
+    monkeypatch.setattr("tritkit.layouts.base.CHUNK", 2 * SHAPE[1])
     byte = random_bytes(name, finite=True)
     assert np.array_equal(theirs(name, byte), GGML[name].dequantize(Packed({"weight": byte}), SHAPE))
     if name in QUANTIZERS:

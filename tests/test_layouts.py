@@ -201,6 +201,23 @@ def test_scales_that_are_no_number_are_refused(name):
         assert LAYOUTS[name].unpack(packed, shape).scale == 0
 
 
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("cols", [5, 32, 43])
+def test_dense_codes_lie_bit_after_bit(bits, cols, monkeypatch):
+    """The bits of a row, lowest first, spelt out as one long integer."""
+    monkeypatch.setattr("tritkit.layouts.base.CHUNK", 2 * cols)
+    chance = np.random.default_rng(bits)
+    codes = chance.integers(0, 1 << bits, (5, cols)).astype(np.int16)
+    codes[0, 0] = (1 << bits) - 1
+    scale = chance.uniform(0.1, 1, (5, 1)).astype(np.float32)
+    packed = LAYOUTS["dense"].pack(Unpacked(codes, scale))
+    for row, byte in zip(codes, packed.arrays["weight"], strict=True):
+        spelt = sum(int(code) << bits * i for i, code in enumerate(row))
+        assert byte.tobytes() == spelt.to_bytes(-(-cols * bits // 8), "little")
+    assert np.array_equal(LAYOUTS["dense"].unpack(packed, codes.shape).codes, codes)
+    assert np.array_equal(LAYOUTS["dense"].dequantize(packed, codes.shape), codes * scale)
+
+
 @pytest.mark.parametrize("header", [[0, 0], [9, -1], [-1, 0], [4]])
 def test_dense_refuses_odd_widths(header):
     packed = LAYOUTS["dense"].pack(matrix(range(-8, 8), (8, 16)))

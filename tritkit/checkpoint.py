@@ -7,7 +7,7 @@ per linear, as transformers' autobitlinear reads them (FACTS 5.3), or our own wh
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from .files import atomic_open
+from .inputs import OUTLIERS, THRESHOLD, read_adapters, read_inputs, read_threshold, require_inputs
 from .jsonfile import read_object, shown
 from .layouts import GGML, LAYOUTS, Packed, Unpacked
 from .models.config import ModelConfig, config_from_hf
@@ -32,7 +33,6 @@ COMPANIONS = (
     "chat_template.jinja",
 )
 
-FLOATS = ("F64", "F32", "F16", "BF16")
 SCALED = ("hf_bitlinear", "hf_autobitlinear", "binary_rows", "dense", "i2_s_x86", "i2_s_arm")  # have a weight_scale
 EXTRAS = ("weight_scale", "weight_code", "weight_zero")  # what some layouts store beside "weight"
 
@@ -91,7 +91,8 @@ class ModelFolder:
     """An opened model: a folder, or a file that is read as one. Tensors have Hugging Face's names.
 
     layouts: of the matrices that are stored as codes; what is not in it is stored as floats. container: what it was
-    opened from, "folder", "gguf" or "llama2.c".
+    opened from, "folder", "gguf" or "llama2.c". inputs: formats that the inputs of linears are rounded to (inputs.py).
+    adapters: the layers that have one. outlier_threshold: of inputs with "+outliers".
     """
 
     path: Path
@@ -101,6 +102,9 @@ class ModelFolder:
     tensors: Mapping[str, StoredTensor]
     container: str = "folder"
     read_tokenizer: Callable[[], Tokenizer] | None = field(default=None, repr=False)
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    adapters: tuple[int, ...] = ()
+    outlier_threshold: float = THRESHOLD
 
     @property
     def is_packed(self) -> bool:
@@ -129,8 +133,16 @@ class ModelFolder:
         for extra in EXTRAS:
             if f"{name}.{extra}" in self.tensors:
                 stored = self.tensors[f"{name}.{extra}"]
-                arrays[extra] = stored.float32() if stored.dtype in FLOATS else stored.array
+                arrays[extra] = stored.float32() if stored.dtype in ("BF16", "F64") else stored.array
         return Packed(arrays)
+
+    def input_grid(self, name: str) -> tuple[float, float | None] | None:
+        """The stored scale, and the zero point if there is one, of the inputs of a linear; None where there is none."""
+        if f"{name}.input_scale" not in self.tensors:
+            return None
+        zero = self.tensors.get(f"{name}.input_zero")
+        scale = self.tensors[f"{name}.input_scale"].float32().item()
+        return scale, None if zero is None else zero.float32().item()
 
     def codes(self, name: str) -> Unpacked:
         """Codes and scales of a matrix of codes; ValueError where the bytes are not what the layout says."""
@@ -161,11 +173,14 @@ class ModelFolder:
         return count + sum(t.array.size for key, t in self.tensors.items() if _module(key) not in matrices)
 
     def bits_per_weight(self) -> float:
-        """Measured: bytes that the linears of the layers take in the file, scales included, over their weights."""
+        """Measured: bytes that the linears of the layers take in the file, scales and adapters included, over the
+        weights of the linears."""
         names = set(linear_names(self.config))
         stored = sum(
             t.array.nbytes for key, t in self.tensors.items() if _module(key) in names and not key.endswith(".bias")
         )
+        added = {f"model.layers.{i}.adapter" for i in self.adapters}
+        stored += sum(t.array.nbytes for key, t in self.tensors.items() if _module(key) in added)
         return 8 * stored / sum(int(np.prod(linear_shape(self.config, name))) for name in names)
 
 
@@ -190,7 +205,17 @@ def open_folder(folder: Path | str) -> ModelFolder:
     if not path.is_dir():
         raise ValueError(f"there is no model folder {folder}")
     hf, config = read_config(path)
-    opened = ModelFolder(path, config, hf, _layouts_of(hf, config), _tensor_files(path))
+    q = _quantization(hf) or {}
+    opened = ModelFolder(
+        path,
+        config,
+        hf,
+        _layouts_of(hf, config),
+        _tensor_files(path),
+        inputs=read_inputs(q, linear_names(config)),
+        adapters=read_adapters(q, config.num_hidden_layers),
+        outlier_threshold=read_threshold(q),
+    )
     require_complete(opened)
     return opened
 
@@ -224,6 +249,7 @@ def require_complete(folder: ModelFolder) -> None:
     missing = next((name for name in sorted(known) if name not in tensors), None)
     if missing:
         raise ValueError(f"{folder.path} has no tensor {missing}: the weights do not fit config.json")
+    known |= require_inputs(folder, {name: linear_shape(config, name)[1] for name in linears})
     owners = set(linears)
     for name in tensors:
         owner, _, kind = name.rpartition(".")
@@ -328,10 +354,14 @@ def write_folder(
     tokenizer: Tokenizer,
     layouts: Mapping[str, str],
     advance: Callable[[], None] = lambda: None,
+    inputs: Mapping[str, str] = {},
+    adapters: Sequence[int] = (),
+    outlier_threshold: float = THRESHOLD,
 ) -> None:
     """Write config, weights, tokenizer and generation config into ``folder``, each file atomically, weights first.
 
-    layouts: of the matrices whose tensors are codes. ``advance`` is called after each tensor.
+    layouts: of the matrices whose tensors are codes. ``advance`` is called after each tensor. inputs, adapters,
+    outlier_threshold: as in ModelFolder.
     """
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
@@ -344,7 +374,7 @@ def write_folder(
     embedding = tensors[f"{EMBEDDING}.weight"].dtype
     dtype = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(embedding, "float32")
     tree = {**config.to_hf(), **special, "dtype": dtype, "torch_dtype": dtype}
-    q = quantization_config(config, layouts)
+    q = quantization_config(config, layouts, inputs, adapters, outlier_threshold)
     if q is not None:
         tree["quantization_config"] = q
         if q["quant_method"] == "tritkit":
@@ -353,9 +383,15 @@ def write_folder(
         json.dump(tree, file, indent=2)
 
 
-def quantization_config(config: ModelConfig, layouts: Mapping[str, str]) -> dict[str, Any] | None:
+def quantization_config(
+    config: ModelConfig,
+    layouts: Mapping[str, str],
+    inputs: Mapping[str, str] = {},
+    adapters: Sequence[int] = (),
+    outlier_threshold: float = THRESHOLD,
+) -> dict[str, Any] | None:
     """What config.json says of the formats: in transformers' words where it has them, else in ours."""
-    if config.weights is None and not layouts:
+    if config.weights is None and not layouts and not inputs and not adapters:
         return None
     excluded = [*config.full_precision, "lm_head"] if config.full_precision else None
     modules: dict[str, Any] = {"modules_to_not_convert": excluded and list(dict.fromkeys(excluded))}
@@ -363,8 +399,11 @@ def quantization_config(config: ModelConfig, layouts: Mapping[str, str]) -> dict
         modules |= {"use_rms_norm": True, "rms_norm_eps": config.linear_norm_eps}
     ours = set(layouts.values())
     stored = set(layouts) == {n for n in linear_names(config) if config.is_low_bit(n)} and len(ours) == 1
-    if (config.weights, config.activations) == HF_FORMATS and (
-        not layouts or (stored and ours <= {"hf_autobitlinear", "hf_bitlinear"})
+    plain = not inputs and not adapters
+    if (
+        plain
+        and (config.weights, config.activations) == HF_FORMATS
+        and (not layouts or (stored and ours <= {"hf_autobitlinear", "hf_bitlinear"}))
     ):
         divides = ours == {"hf_bitlinear"}
         return {
@@ -374,6 +413,12 @@ def quantization_config(config: ModelConfig, layouts: Mapping[str, str]) -> dict
             **modules,
         }
     q = {"quant_method": "tritkit", "weights": config.weights, "activations": config.activations, **modules}
+    if inputs:
+        q["inputs"] = dict(inputs)
+        if any(format.endswith(OUTLIERS) for format in inputs.values()):
+            q["outlier_threshold"] = outlier_threshold
+    if adapters:
+        q["adapters"] = sorted(adapters)
     return {**q, "layout": ours.pop()} if stored else {**q, "layout": None, "layouts": dict(layouts)}
 
 

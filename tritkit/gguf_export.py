@@ -26,7 +26,7 @@ from .gguf_writer import NewTensor, write_gguf
 from .layouts import GGML, I2S, LAYOUTS, GgmlQuantizer, Packed, Unpacked
 from .layouts.translate import TERNARY as TERNARY_LAYOUTS
 from .layouts.translate import pack_ternary, ternary_codes, translate
-from .newfolder import require_finite
+from .newfolder import require_finite, require_no_extras
 from .progress import progress
 
 TERNARY = ("tq1_0", "tq2_0", "i2_s")
@@ -141,6 +141,7 @@ def export_gguf(
     if not out.parent.is_dir():
         raise ValueError(f"there is no folder {out.parent} to write {out.name} into")
     kind, embedding = (None if k is None else k.lower() for k in (kind, embedding))
+    require_no_extras(source, "GGUF")
     for name, tensor in source.tensors.items():
         require_finite(source, name, tensor)
     architecture = architecture_of(source)

@@ -35,7 +35,7 @@ from .gguf_check import SAMPLE, rows_of
 from .layouts import GGML, LAYOUTS, Packed, Unpacked
 from .layouts.translate import TERNARY, Translated, one_scale, pack_ternary, ternary_codes, translate
 from .models.config import ModelConfig
-from .newfolder import beside, require_finite, require_new
+from .newfolder import beside, require_finite, require_new, require_no_extras
 from .progress import progress
 from .tensorfile import LazyTensor, StoredTensor
 
@@ -59,6 +59,7 @@ def export_hf(source: ModelFolder, out: Path | str, to: str, overwrite: bool = F
     if to not in KINDS:
         raise ValueError(f"there is no form {to!r} of a folder for transformers; known are {', '.join(KINDS)}")
     require_new(out, overwrite, source.path)
+    require_no_extras(source, "a folder for transformers")
     if not out.absolute().parent.is_dir():
         raise ValueError(f"there is no folder {out.absolute().parent} to write {out.name} into")
     words = source.tokenizer()

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .checkpoint import COMPANIONS, FLOATS, ModelFolder
+from .checkpoint import COMPANIONS, ModelFolder
 from .files import ended_politely
 from .layouts import GGML
-from .tensorfile import StoredTensor
+from .tensorfile import FLOATS, StoredTensor
 
 # The exponent bits of a float, which are all ones in NaN and infinity.
 EXPONENTS = {"F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80), "F32": (np.uint32, 0x7F800000)}
@@ -83,3 +83,14 @@ def nonfinite(model: ModelFolder, name: str, tensor: StoredTensor) -> str:
         else:
             count += int(np.count_nonzero(~np.isfinite(part)))
     return f"{count} values that are" if count else ""
+
+
+def require_no_extras(model: ModelFolder, container: str) -> None:
+    """ValueError where the model has adapters or rounded inputs, which that container has no place for."""
+    if model.adapters:
+        raise ValueError(f"{model.path} has adapters in {len(model.adapters)} layers, which {container} cannot hold")
+    if model.inputs:
+        kinds = " and ".join(sorted(set(model.inputs.values())))
+        raise ValueError(
+            f"{model.path} rounds the inputs of {len(model.inputs)} linears to {kinds}, which {container} cannot say"
+        )

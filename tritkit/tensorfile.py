@@ -29,6 +29,7 @@ DTYPES = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
+FLOATS = ("F64", "F32", "F16", "BF16")
 LARGEST_HEADER = 100_000_000  # the limit of the safetensors library itself
 LARGEST_TENSOR, MOST_SIDES = 1 << 56, 32  # what numpy can shape
 

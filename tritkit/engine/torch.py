@@ -11,10 +11,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import nn
 
-from ..checkpoint import ModelFolder
+from ..checkpoint import EMBEDDING, HEAD, ModelFolder, matrix_shape
 from ..formats import format_of
-from ..layers import Linear, PackedLinear
+from ..inputs import input_format
+from ..layers import Adapter, PackedLinear
+from ..layouts.translate import one_scale
 from ..models.transformer import KVCache, Transformer, build, linears_of
+from ..stored import InputQuantizer, StoredEmbedding, StoredLinear
 from . import Job, checked
 
 
@@ -96,32 +99,45 @@ class TorchEngine:
 
 
 def model_of(folder: ModelFolder) -> Transformer:
-    """The torch model of a folder: ternary and binary linears as codes, latent ones as BitLinear, all others as floats.
-
-    Weights in the layouts of ggml are expanded to float32 here: torch runs them with float activations.
-    """
+    """The torch model of a folder: latent linears as BitLinear, ternary and binary codes on their integer product,
+    every other matrix of codes in its own bits, floats as floats."""
     config = folder.config
     latent = linears_of(config)
 
     def make(name: str, inputs: int, outputs: int, bias: bool) -> nn.Module:
+        empty = torch.empty(outputs) if bias else None
         if name not in folder.layouts:
             return latent(name, inputs, outputs, bias)
-        if config.weights is None:
-            return Linear(inputs, outputs, bias)
-        matrix = folder.codes(name)
-        scale = torch.tensor(float(matrix.scale.max()))  # blocks without weights may have a scale of zero
-        codes, empty = torch.from_numpy(matrix.codes.astype(np.int8)), torch.empty(outputs) if bias else None
+        if not config.is_low_bit(name):
+            return StoredLinear(*_stored(folder, name), empty, input_quantizer(folder, name))
+        matrix = one_scale(folder.codes(name), f"{name} in {config.weights}")
+        codes, scale = torch.from_numpy(matrix.codes.astype(np.int8)), torch.tensor(float(matrix.scale[0, 0]))
         return PackedLinear(codes, scale, format_of(str(config.activations)), empty, config.linear_norm_eps)
 
-    model = build(config, make)
+    embedding = StoredEmbedding(*_stored(folder, EMBEDDING)) if EMBEDDING in folder.layouts else None
+    head = StoredLinear(*_stored(folder, HEAD)) if HEAD in folder.layouts else None
+    model = build(config, make, embedding=embedding, head=head)
+    for i in folder.adapters:
+        model.model.layers[i].adapter = Adapter(config.hidden_size)  # type: ignore[union-attr]
     with torch.no_grad():
         for name, p in model.named_parameters():
-            module, _, kind = name.rpartition(".")
-            in_codes = kind == "weight" and module in folder.layouts
-            stored = torch.from_numpy(folder.floats(module) if in_codes else folder.tensors[name].float32())
+            stored = torch.from_numpy(folder.tensors[name].float32())
             if stored.shape != p.shape:
                 raise ValueError(
                     f"{name} has the shape {tuple(stored.shape)}, but config.json asks for {tuple(p.shape)}"
                 )
             p.copy_(stored)
     return model
+
+
+def _stored(folder: ModelFolder, name: str) -> tuple[str, dict[str, np.ndarray], tuple[int, int]]:
+    return folder.layouts[name], folder.packed(name).arrays, matrix_shape(folder.config, name)
+
+
+def input_quantizer(folder: ModelFolder, name: str) -> InputQuantizer | None:
+    """What rounds the inputs of a linear of the folder; None where they stay floats."""
+    if name not in folder.inputs:
+        return None
+    inputs = input_format(folder.inputs[name])
+    scale, zero = folder.input_grid(name) or (None, None)
+    return InputQuantizer(inputs.name, scale, zero, folder.outlier_threshold if inputs.has_outliers else None)

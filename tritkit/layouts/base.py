@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+CHUNK = 1 << 18  # weights that are floats at once, so that what is made on the way stays small, and in the cache
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -115,3 +117,9 @@ class Layout(ABC):
         if not np.isfinite(scale).all():
             raise ValueError(f"{self.name} holds a finite weight_scale, but this one is {scale.item()}")
         return scale.astype(np.float32).reshape(1, 1)
+
+
+def chunks(shape: tuple[int, ...]) -> list[slice]:
+    """Runs of rows of about CHUNK weights."""
+    step = max(CHUNK // max(shape[1], 1), 1)
+    return [slice(start, start + step) for start in range(0, shape[0], step)]

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .base import Layout, Packed, Unpacked
+from .base import Layout, Packed, Unpacked, chunks
 
 
 class BinaryRows(Layout):
@@ -64,12 +64,39 @@ class Dense(Layout):
         if not (1 <= bits <= 8 and -(1 << bits - 1) <= lo <= 0):
             raise ValueError(f"dense holds 1 to 8 bits a code, but its weight_code says {bits} bits from {lo}")
         byte = self._array(packed, "weight", (shape[0], -(-shape[1] * bits // 8)))
-        flat = np.unpackbits(byte, axis=1, bitorder="little")[:, : shape[1] * bits]
-        code_bits = np.zeros((*shape, 8), np.uint8)
-        code_bits[..., :bits] = flat.reshape(*shape, bits)
-        codes = np.packbits(code_bits, axis=-1, bitorder="little")[..., 0].astype(np.int16) + lo
+        codes = _codes(byte, bits, shape[1]).astype(np.int16)
+        codes += np.int16(lo)
         scale = self._array(packed, "weight_scale", (-1, -1)).astype(np.float32)
         if scale.shape[0] not in (1, shape[0]) or not scale.shape[1] or shape[1] % scale.shape[1]:
             raise ValueError(f"dense has weight_scale of {scale.shape} values, which do not share out a {shape} matrix")
         zero = None if "weight_zero" not in packed.arrays else self._array(packed, "weight_zero", scale.shape)
         return Unpacked(codes, scale, None if zero is None else -scale * zero.astype(np.float32))
+
+    def dequantize(self, packed: Packed, shape: tuple[int, int]) -> np.ndarray:
+        """The values, float32 [out, in], some rows at a time, so that what is made on the way stays in the cache."""
+        if "weight" not in packed.arrays or len(packed.arrays["weight"]) != shape[0]:
+            return super().dequantize(packed, shape)  # which says what is wrong
+        values = np.empty(shape, np.float32)
+        for some in chunks(shape):
+            part = self.rows(packed, shape, some)
+            assert part is not None
+            values[some] = super().dequantize(part, (len(values[some]), shape[1]))
+        return values
+
+
+def _codes(byte: np.ndarray, bits: int, columns: int) -> np.ndarray:
+    """Fields of so many bits, lowest first, of uint8 rows [n, bytes]: uint8 [n, columns]."""
+    if bits == 8:
+        return byte
+    runs = -(-columns // 8)  # eight codes are ``bits`` bytes, which fit an integer of 64 bits
+    wide = np.zeros((len(byte), runs, 8), np.uint8)
+    padded = byte
+    if byte.shape[1] != runs * bits:
+        padded = np.zeros((len(byte), runs * bits), np.uint8)
+        padded[:, : byte.shape[1]] = byte
+    wide[..., :bits] = padded.reshape(len(byte), runs, bits)
+    words = wide.view("<u8")
+    codes = np.empty((len(byte), runs, 8), np.uint8)
+    for i in range(8):
+        codes[..., i] = (words[..., 0] >> np.uint64(bits * i)) & np.uint64((1 << bits) - 1)
+    return codes.reshape(len(byte), -1)[:, :columns]

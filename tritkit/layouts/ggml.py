@@ -8,9 +8,7 @@ from abc import abstractmethod
 
 import numpy as np
 
-from .base import Layout, Packed, Unpacked
-
-CHUNK = 1 << 18  # weights that are floats at once, so that what is made on the way stays small, and in the cache
+from .base import Layout, Packed, Unpacked, chunks
 
 
 class GgmlBlocks(Layout):
@@ -132,12 +130,6 @@ class GgmlQuantizer(GgmlBlocks):
                 f"{self.name} holds scales as float16, at most 65504, but these weights want {largest:.6g}"
             )
         return half.view(np.uint8)
-
-
-def chunks(shape: tuple[int, ...]) -> list[slice]:
-    """Runs of rows of about CHUNK weights."""
-    step = max(CHUNK // max(shape[1], 1), 1)
-    return [slice(start, start + step) for start in range(0, shape[0], step)]
 
 
 def float32(half: np.ndarray) -> np.ndarray:

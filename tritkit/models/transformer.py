@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import Adapter, Linear, RMSNorm, linear_for
+from ..stored import StoredEmbedding, StoredLinear, StoredMatrix
 from .config import ModelConfig
 
 SHORT_CONTEXT = 1024  # up to here a full matrix of attention scores is affordable
@@ -148,21 +149,32 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     """Embedding, layers, final norm. ``Transformer`` puts the output head on it."""
 
-    def __init__(self, config: ModelConfig, linear: MakeLinear):
+    def __init__(self, config: ModelConfig, linear: MakeLinear, embedding: nn.Module | None = None):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = embedding or nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, f"model.layers.{i}", linear) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class Transformer(nn.Module):
-    """tokens int64 [b, t] to logits float32 [b, t, vocabulary]."""
+    """tokens int64 [b, t] to logits float32 [b, t, vocabulary].
 
-    def __init__(self, config: ModelConfig, linear: MakeLinear):
+    embedding, head: what to use instead of tables of floats; a tied model has no head.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        linear: MakeLinear,
+        embedding: StoredEmbedding | None = None,
+        head: StoredLinear | None = None,
+    ):
         super().__init__()
         self.config = config
-        self.model = Decoder(config, linear)
-        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
+        self.model = Decoder(config, linear, embedding)
+        self.lm_head: Linear | StoredLinear | None = None
+        if not config.tie_word_embeddings:
+            self.lm_head = head or Linear(config.hidden_size, config.vocab_size)
         frequencies, self.attention_factor = config.rope_frequencies()
         self.frequencies = nn.Buffer(torch.from_numpy(frequencies), persistent=False)  # [d / 2]
 
@@ -184,8 +196,8 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Output head, float32 [..., vocabulary]."""
-        weight = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        return F.linear(hidden, weight).float()
+        head: Any = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        return head.product(hidden) if isinstance(head, StoredMatrix) else F.linear(hidden, head.weight).float()
 
     def forward(self, tokens: Tensor, cache: list[KVCache] | None = None) -> Tensor:
         return self.logits(self.hidden(tokens, cache))
@@ -221,9 +233,15 @@ def linears_of(config: ModelConfig) -> MakeLinear:
     return make
 
 
-def build(config: ModelConfig, linear: MakeLinear | None = None, seed: int | None = None) -> Transformer:
+def build(
+    config: ModelConfig,
+    linear: MakeLinear | None = None,
+    seed: int | None = None,
+    embedding: StoredEmbedding | None = None,
+    head: StoredLinear | None = None,
+) -> Transformer:
     """A model of that config with its linears' class chosen at birth; ``seed`` initialises it, N(0, range^2)."""
-    model = Transformer(config, linear or linears_of(config))
+    model = Transformer(config, linear or linears_of(config), embedding, head)
     if seed is not None:
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in model.named_parameters():
