@@ -154,7 +154,7 @@ def export_gguf(
     tensors = {}
     for name in names:
         tensors[ggml_name(name)] = _new_tensor(model, name, plans.get(name.removesuffix(".weight")), order, heads)
-    factors = rope_factors(model)
+    factors = rope_factors(model.config)
     if factors is not None:
         tensors[ROPE_FACTORS] = NewTensor("f32", factors.shape, lambda: factors)
     beside = out.with_name(f".{out.name}.{os.getpid()}.unverified")
