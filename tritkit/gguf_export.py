@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoint import EMBEDDING, HEAD, ModelFolder, float_to_bf16, linear_names, matrix_names, matrix_shape
+from .checkpoint import EMBEDDING, HEAD, ModelFolder, as_dtype, linear_names, matrix_names, matrix_shape
 from .files import ended_politely
 from .gguf import FLOAT_TYPES
 from .gguf_check import verify
@@ -243,17 +243,10 @@ def encoded(model: ModelFolder, name: str, kind: str, order: str, rows: np.ndarr
 
 
 def _as_float(model: ModelFolder, name: str, kind: str) -> np.ndarray:
-    stored = model.tensors[f"{name}.weight"]
-    if name not in model.layouts and stored.dtype == FLOAT_TYPES[kind][0]:
+    stored, (dtype, _) = model.tensors[f"{name}.weight"], FLOAT_TYPES[kind]
+    if name not in model.layouts and stored.dtype == dtype:
         return stored.array
-    values = model.floats(name)
-    if kind == "bf16":
-        return float_to_bf16(values)
-    if kind == "f16" and values.size and np.abs(values).max() > np.finfo(np.float16).max:
-        raise ValueError(
-            f"{name} has values up to {np.abs(values).max():.6g}, too large for F16; --type bf16 holds them"
-        )
-    return values.astype(np.float16 if kind == "f16" else np.float32)
+    return as_dtype(name, model.floats(name), dtype)
 
 
 def _as_ternary(model: ModelFolder, name: str, target: str) -> Packed:
