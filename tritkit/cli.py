@@ -368,7 +368,7 @@ def export(arguments: list[str]) -> int:
         choices=KINDS,
         help="folder: ternary codes with scales that divide or multiply, or plain floats",
     )
-    parser.add_argument("--i2-s", choices=("x86", "arm"), default="x86", help="order of I2_S codes (default x86)")
+    parser.add_argument("--i2-s", choices=("x86", "arm"), help="GGUF: order of I2_S codes (default x86)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
     options = parser.parse_args(arguments)
     from .sources import open_model
@@ -383,11 +383,13 @@ def export(arguments: list[str]) -> int:
             options.type,
             options.embedding_type,
             options.overwrite,
-            options.i2_s == "arm",
+            options.i2_s,
         )
     else:
         if options.to is None or options.type is not None or options.embedding_type is not None:
             raise ValueError(f"{options.out} would be a folder: say --to ... for one, or OUT.gguf for a GGUF file")
+        if options.i2_s is not None:
+            raise ValueError(f"--i2-s is the order of codes in a GGUF file, but {options.out} would be a folder")
         report = export_hf(open_model(options.model), options.out, options.to, options.overwrite)
     print_export(options.out, report)
     return 0

@@ -123,14 +123,14 @@ def export_gguf(
     kind: str | None = None,
     embedding: str | None = None,
     overwrite: bool = False,
-    arm: bool = False,
+    i2_s: str | None = None,
 ) -> dict[str, Any]:
     """Write ``source`` as a GGUF file and return a report: types with their numbers of matrices, notes, bytes.
 
     kind: type of the linears, one of WRITTEN (none: what each is, TQ2_0 for ternary ones). embedding: type of the
-    embedding and the output head (none: theirs where it is a type of ggml, else EMBEDDINGS or kind). arm: I2_S in the
-    order that bitnet.cpp's ARM builds want. ValueError for what cannot be written; OSError where what was written does
-    not read back as it should, and then there is no file.
+    embedding and the output head (none: theirs where it is a type of ggml, else EMBEDDINGS or kind). i2_s: the order of
+    I2_S codes, "x86" (as none) or "arm", which bitnet.cpp's builds for ARM want. ValueError for what cannot be written;
+    OSError where what was written does not read back as it should, and then there is no file.
     """
     out = Path(out)
     if out.exists() and not overwrite:
@@ -141,14 +141,18 @@ def export_gguf(
     if not out.parent.is_dir():
         raise ValueError(f"there is no folder {out.parent} to write {out.name} into")
     kind, embedding = (None if k is None else k.lower() for k in (kind, embedding))
-    for name, tensor in source.tensors.items():
-        require_finite(source, name, tensor)
     architecture = architecture_of(source)
     model = _packed(source) if source.config.weights is not None and not source.is_packed else source
     plans = plan(model, kind, embedding)
     most = Counter(plans[name].type for name in linear_names(model.config)).most_common(1)[0][0]
+    if i2_s is not None and all(p.type != "i2_s" for p in plans.values()):
+        raise ValueError(
+            f"--i2-s {i2_s} is the order of I2_S codes, but the linears become {most.upper()}: --type i2_s"
+        )
     metadata = metadata_of(model, architecture, most)
-    order = "i2_s_arm" if arm else "i2_s_x86"
+    for name, tensor in source.tensors.items():  # reads every byte: what can be refused without that has been
+        require_finite(source, name, tensor)
+    order = f"i2_s_{i2_s or 'x86'}"
     heads = _row_orders(model, architecture)
     names = _names(model)
     tensors = {}
@@ -162,7 +166,7 @@ def export_gguf(
         with ended_politely(), progress(f"export {out.name}", 2 * len(tensors), "tensors") as advance:
             write_gguf(beside, metadata, tensors, advance)
             types = {name: p.type for name, p in plans.items()}
-            verify(model, beside, names, types, "arm" if arm else "x86", advance)
+            verify(model, beside, names, types, i2_s or "x86", advance)
         os.replace(beside, out)
     finally:
         beside.unlink(missing_ok=True)
@@ -193,7 +197,7 @@ def _names(model: ModelFolder) -> list[str]:
     """Every tensor of the file in Hugging Face's names: matrices, norms, biases. The file's scales are inside."""
     known = [f"{name}.weight" for name in matrix_names(model.config)]
     extras = [n for n in model.tensors if n.endswith((".weight", ".bias")) and n not in set(known)]
-    return known + [n for n in extras if n.removesuffix(".weight") not in (HEAD,)]
+    return known + [n for n in extras if n != f"{HEAD}.weight"]
 
 
 def _row_orders(model: ModelFolder, architecture: str) -> dict[str, int]:

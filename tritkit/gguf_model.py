@@ -210,9 +210,8 @@ def _weights_of(config: ModelConfig, tensors: _Tensors, layouts: Mapping[str, st
     linears = linear_names(config)
     if not all(layouts.get(name, "").startswith(("tq", "i2_s")) for name in linears):
         return None
-    return (
-        "ternary" if all(shared_scale(layouts[n], tensors[f"{n}.weight"].array) is not None for n in linears) else None
-    )
+    scales = (shared_scale(layouts[name], tensors[f"{name}.weight"].array) for name in linears)
+    return "ternary" if all(scale is not None for scale in scales) else None
 
 
 def shared_scale(layout: str, blocks: np.ndarray) -> float | None:
