@@ -437,14 +437,20 @@ def float_to_bf16(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
 
+def as_dtype(name: str, values: np.ndarray, dtype: str) -> np.ndarray:
+    """float32 as the file's "F32", "F16" or "BF16" (raw); ValueError, with the tensor's name, for too large ones."""
+    if dtype == "BF16":
+        return float_to_bf16(values)
+    if dtype == "F16" and values.size and np.abs(values).max() > np.finfo(np.float16).max:
+        raise ValueError(f"{name} has values up to {np.abs(values).max():.6g}, too large for float16; bf16 holds them")
+    return values.astype(np.float16 if dtype == "F16" else np.float32)
+
+
 def unpacked_tensors(
     tensors: Mapping[str, StoredTensor], packed: set[str], dtype: str
 ) -> Iterator[tuple[str, StoredTensor]]:
-    """What stays high precision in a packed folder: every tensor but those of the linears in ``packed``, as dtype."""
+    """What stays high precision in a packed folder: every tensor but those of the linears in ``packed``, as dtype,
+    "BF16" or "F32"."""
     for name, tensor in tensors.items():
         if name.rsplit(".weight", 1)[0] not in packed:
-            values = tensor.float32()
-            yield (
-                name,
-                StoredTensor("BF16", float_to_bf16(values)) if dtype == "bfloat16" else StoredTensor("F32", values),
-            )
+            yield name, StoredTensor(dtype, as_dtype(name, tensor.float32(), dtype))

@@ -350,12 +350,14 @@ def export(arguments: list[str]) -> int:
         "that transformers loads without tritkit. It is read back and compared before it gets its name.",
         "tritkit export models/mine mine.gguf --type tq2_0\n  tritkit export models/mine mine-hf --to hf-bitlinear",
     )
+    from .gguf_export import WRITTEN, export_gguf
+    from .hf_export import KINDS, export_hf
+
     parser.add_argument("model", metavar="MODEL", help="a model folder, GGUF file or llama2.c file")
     parser.add_argument("out", metavar="OUT", help="FILE.gguf or a folder")
     parser.add_argument(
         "--type",
-        help="GGUF: type of the linears: f32, f16, bf16, q4_0, q4_1, q5_0, q5_1, q8_0, mxfp4, tq1_0, tq2_0 or "
-        "i2_s (default: what they are; ternary ones tq2_0)",
+        help=f"GGUF: type of the linears: {', '.join(WRITTEN)} (default: what they are; ternary ones tq2_0)",
     )
     parser.add_argument(
         "--embedding-type", help="GGUF: type of embedding and head (default: the type; with tq q8_0, with i2_s f16)"
@@ -363,10 +365,10 @@ def export(arguments: list[str]) -> int:
     parser.add_argument(
         "--to",
         type=lambda form: {"f16": "float16", "f32": "float32", "bfloat16": "bf16"}.get(form.lower(), form.lower()),
-        choices=("hf-bitlinear", "hf-autobitlinear", "bf16", "float16", "float32"),
+        choices=KINDS,
         help="folder: ternary codes with scales that divide or multiply, or plain floats",
     )
-    parser.add_argument("--i2-s", choices=("x86", "arm"), default="x86", help="order of I2_S codes (default x86)")
+    parser.add_argument("--i2-s", choices=("x86", "arm"), help="GGUF: order of I2_S codes (default x86)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
     options = parser.parse_args(arguments)
     from .sources import open_model
@@ -375,21 +377,19 @@ def export(arguments: list[str]) -> int:
     if options.out.lower().endswith(".gguf"):
         if options.to is not None:
             raise ValueError(f"--to {options.to} makes a folder, but {options.out} is a file; --type chooses its type")
-        from .gguf_export import export_gguf
-
         report = export_gguf(
             open_model(options.model),
             options.out,
             options.type,
             options.embedding_type,
             options.overwrite,
-            options.i2_s == "arm",
+            options.i2_s,
         )
     else:
         if options.to is None or options.type is not None or options.embedding_type is not None:
             raise ValueError(f"{options.out} would be a folder: say --to ... for one, or OUT.gguf for a GGUF file")
-        from .hf_export import export_hf
-
+        if options.i2_s is not None:
+            raise ValueError(f"--i2-s is the order of codes in a GGUF file, but {options.out} would be a folder")
         report = export_hf(open_model(options.model), options.out, options.to, options.overwrite)
     print_export(options.out, report)
     return 0
