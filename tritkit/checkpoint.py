@@ -140,9 +140,9 @@ class ModelFolder:
         """The stored scale, and the zero point if there is one, of the inputs of a linear; None where there is none."""
         if f"{name}.input_scale" not in self.tensors:
             return None
-        zero = self.tensors.get(f"{name}.input_zero")
         scale = self.tensors[f"{name}.input_scale"].float32().item()
-        return scale, None if zero is None else zero.float32().item()
+        has_zero = f"{name}.input_zero" in self.tensors
+        return scale, self.tensors[f"{name}.input_zero"].float32().item() if has_zero else None
 
     def codes(self, name: str) -> Unpacked:
         """Codes and scales of a matrix of codes; ValueError where the bytes are not what the layout says."""

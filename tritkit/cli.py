@@ -144,7 +144,7 @@ def train(arguments: list[str]) -> int:
     parser.add_argument("--keep-optimizer", action="store_true", help="keep its state, so that later runs train on")
     parser.add_argument("--overwrite", action="store_true", help="begin anew where OUT holds something")
     options, rest = parser.parse_known_intermixed_args(arguments)
-    overrides = _dotted(rest)
+    overrides = _dotted(rest, parser)
     short = {"data.text_field": options.text_field, "train.threads": options.threads}
     overrides |= {name: value for name, value in short.items() if value is not None}
     from .trainer import TrainingStopped, load_settings
@@ -167,15 +167,15 @@ def train(arguments: list[str]) -> int:
     return 0
 
 
-def _dotted(rest: list[str]) -> dict[str, str]:
+def _dotted(rest: list[str], parser: Parser) -> dict[str, str]:
     overrides = {}
     for argument in rest:
         name, equals, value = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or "." not in name or not equals:
-            known = ("--data", "--val", "--text-field", "--threads", "--keep-optimizer", "--overwrite")
+        if not argument.startswith("--") or not equals or "." not in name:
+            known = [option for option in parser._option_string_actions if option.startswith("--")]
             close = difflib.get_close_matches(argument, known, n=1)
             hint = f"did you mean {close[0]}?" if close else "settings are written --a.b=value"
-            raise ValueError(f"tritkit train does not know {argument!r}; {hint}")
+            raise ValueError(f"{parser.prog} does not know {argument!r}; {hint}")
         overrides[name] = value
     return overrides
 
@@ -201,6 +201,57 @@ def pack(arguments: list[str]) -> int:
     from .tables import print_metrics
 
     print_metrics(options.out, run(options.model, options.out, options.dtype, options.overwrite))
+    return 0
+
+
+def quantize(arguments: list[str]) -> int:
+    """a float model to one of 1 to 8 bits: round to nearest, GPTQ, k-quants, AWQ, QwT ... by a recipe"""
+    parser = parser_of(
+        "quantize",
+        "Quantise the linears of MODEL after training. RECIPE is a TOML file, a mix of llama.cpp (q4_k_m), or the\n"
+        "name of a format (int4_g64, nf4, q5_k, ternary); without one the options say it. A run that was stopped goes\n"
+        "on at the layer it was in. Any setting of a recipe may follow as --a.b=value.",
+        "tritkit quantize models/smol models/smol-q4 --format int4_g64 --method gptq --calibration wiki.txt",
+    )
+    parser.add_argument("model", metavar="MODEL", help="a model folder or a GGUF file")
+    parser.add_argument("out", metavar="OUT", help="the folder to write")
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="recipe file, mix or format")
+    parser.add_argument("--format", help="of the weights: int{2..8}[_gN|_row|_tensor][_asym], nf4, q4_k, ternary ...")
+    parser.add_argument("--method", help="rtn, gptq or search (default: search for ggml's formats, else rtn)")
+    parser.add_argument("--range", help="how a grid is chosen: absmax, minmax, percentile, mse, entropy")
+    parser.add_argument("--inputs", help="format of activations, for instance int8_row; +outliers for LLM.int8()")
+    parser.add_argument("--inputs-range", help="static ranges of activations: absmax, minmax, percentile, mse, entropy")
+    parser.add_argument("--transform", help="awq or smoothquant, folded into the neighbours first")
+    parser.add_argument("--correct", help="qwt: a closed-form compensation of each layer")
+    parser.add_argument("--embedding", help="format of the embedding (default: as it is)")
+    parser.add_argument("--head", help="format of the output head, where the model has one of its own")
+    parser.add_argument("--bits", type=float, help="mixed formats by measured sensitivity, so many bits a weight")
+    parser.add_argument("--calibration", action="append", default=[], metavar="TEXT", help="text; may be repeated")
+    parser.add_argument("--sequences", type=int, default=32, help="of calibration (default 32)")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence (default 2048)")
+    parser.add_argument("--text-field", default="text", help="field of .jsonl that holds the text")
+    parser.add_argument("--overwrite", action="store_true", help="replace what OUT holds")
+    options, rest = parser.parse_known_intermixed_args(arguments)
+    overrides = _dotted(rest, parser)
+    names = ("format", "method", "range", "inputs", "inputs_range", "transform", "correct", "embedding", "head")
+    overrides |= {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if options.bits is not None:
+        overrides["budget.bits"] = str(options.bits)
+    from .methods.quantizer import quantize_folder
+    from .methods.recipe import read_recipe
+    from .tables import print_metrics
+
+    metrics = quantize_folder(
+        options.model,
+        options.out,
+        read_recipe(options.recipe, overrides),
+        options.calibration,
+        sequences=options.sequences,
+        length=options.length,
+        text_field=options.text_field,
+        overwrite=options.overwrite,
+    )
+    print_metrics(options.out, metrics)
     return 0
 
 
@@ -453,6 +504,7 @@ def inspect(arguments: list[str]) -> int:
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "pack": pack,
+    "quantize": quantize,
     "generate": generate,
     "chat": chat,
     "eval": evaluate,

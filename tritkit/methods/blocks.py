@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..formats import QTensor
+from ..formats.integer import Integer
 from ..stored import InputQuantizer
 from . import METHODS, NEED_INPUTS
 from .recipe import Plan, Recipe
@@ -209,7 +210,7 @@ def input_quantizer(plan: Plan, stats: InputStats | None, recipe: Recipe) -> Inp
         return InputQuantizer(format, outliers=outliers)
     if stats is None or not stats.tokens:
         raise ValueError("static ranges of inputs need calibration data; give text with --calibration")
-    if format.group != "tensor":
+    if format.group != "tensor" or not isinstance(format, Integer):
         raise ValueError(
             f"static ranges are one for all tokens, but inputs in {format.name} have one for each; "
             f"name {format.name.split('_')[0]}_tensor"

@@ -22,6 +22,7 @@ from typing import Any
 
 from ..config import dump, fill, read_toml
 from ..formats import FORMATS, Format, format_of
+from ..inputs import OUTLIERS, THRESHOLD
 from ..jsonfile import shown
 
 KEEP = "keep"  # in place of a format: the matrix stays as it is
@@ -29,7 +30,6 @@ METHOD_NAMES = ("rtn", "gptq", "search")
 RANGE_NAMES = ("absmax", "minmax", "percentile", "mse", "entropy")
 TRANSFORMS = ("awq", "smoothquant")
 CORRECTIONS = ("qwt",)
-OUTLIERS = "+outliers"  # behind a format of inputs: LLM.int8()'s mixed decomposition
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Recipe:
     embedding: str | None = None  # format of the embedding; none: as it is
     head: str | None = None
     importance: bool = True  # search weighs columns by their inputs where there is calibration data
-    outlier_threshold: float = 6.0  # LLM.int8()
+    outlier_threshold: float = THRESHOLD  # LLM.int8()
     exact: bool = False  # the base lies on this very grid, so that a comparison says nothing
     gptq: GptqOptions = field(default_factory=GptqOptions)
     awq: AwqOptions = field(default_factory=AwqOptions)
@@ -266,14 +266,21 @@ def plans_of(loaded: LoadedRecipe, names: Sequence[str]) -> dict[str, Plan]:
 def plan_of(values: dict[str, str | None]) -> Plan:
     """A plan from the settings of a rule, with its defaults."""
     if values["format"] in (None, KEEP):
-        return Plan(None, inputs=values["inputs"], inputs_range=values["inputs_range"])
+        return Plan(None, inputs=values["inputs"], inputs_range=_inputs_range(values))
     format = format_of(str(values["format"]))
     method = values["method"] or ("search" if is_ggml(format) else "rtn")
     if method == "search" and not is_ggml(format):
         raise ValueError(f"the method search is for the formats of ggml, not for {format.name}; rtn and gptq are")
     if values["inputs_range"] is not None and values["inputs"] is None:
         raise ValueError(f"inputs_range is {values['inputs_range']!r}, but inputs names no format")
-    return Plan(format, method, values["range"], values["inputs"], values["inputs_range"])
+    return Plan(format, method, values["range"], values["inputs"], _inputs_range(values))
+
+
+def _inputs_range(values: dict[str, str | None]) -> str | None:
+    """One range for all tokens has to be known beforehand: it is static, by absmax where the recipe does not say."""
+    inputs = values["inputs"]
+    one = inputs is not None and format_of(inputs.removesuffix(OUTLIERS)).group == "tensor"
+    return values["inputs_range"] or ("absmax" if one else None)
 
 
 def is_ggml(format: Format) -> bool:

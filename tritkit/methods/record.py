@@ -73,11 +73,11 @@ def histogram(values: Tensor) -> dict[str, Any]:
 
 def ranges_of(rows: Tensor) -> dict[str, list[float]]:
     """The range of the inputs that each method would choose for int8 codes of the whole tensor: {method: [lo, hi]}."""
-    from ..formats import format_of
+    from ..formats import integer
     from .ranges import RangeObserver
 
     methods = ("absmax", "percentile", "mse", "entropy")
-    observer = RangeObserver(format_of("int8_tensor"), methods)
+    observer = RangeObserver(integer(8, "tensor"), methods)
     observer.update(rows)
     return {name: [_short(low), _short(high)] for name, (low, high) in observer.ranges().items()}
 

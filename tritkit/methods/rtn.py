@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..formats import Format, Grid, QTensor
+from ..formats.integer import Integer
 from ..layouts import LAYOUTS, Packed, Unpacked
 from .recipe import Plan
 from .stats import InputStats
@@ -17,6 +18,8 @@ def fit(w_rgk: Tensor, format: Format, plan: Plan, importance: Tensor | None = N
     """The grid of each group by the plan's range; none: the format's own way. w_rgk: float32 [rows, groups, k]."""
     if plan.range is None:
         return format.fit(w_rgk, importance)
+    if not isinstance(format, Integer):
+        raise ValueError(f"range is {plan.range!r}, but {format.name} has a grid of its own; ranges are for integers")
     from .ranges import choose
 
     return choose(w_rgk, format, plan.range)
