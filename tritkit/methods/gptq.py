@@ -30,25 +30,30 @@ def solve(w: Tensor, plan: Plan, stats: InputStats | None, options: Any) -> QTen
     if gptq.act_order and grouped and not gptq.static_groups:
         # Groups of columns that are no neighbours would need an index of columns, which no layout of ours has.
         gptq = replace(gptq, static_groups=True)
-    w = w.clone()
-    hessian = stats.hessian / stats.tokens
-    dead = hessian.diagonal() <= 0
-    hessian[dead, dead] = 1.0
-    order = torch.arange(w.shape[1])
-    if gptq.act_order:
-        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    hessian, dead, order = _hessian(stats, gptq)
     importance = hessian.diagonal().float()
     fixed = None
     if gptq.static_groups or not grouped:
         fixed = fit(format.split(w), format, plan, _grouped(importance, format, w))
-    w[:, dead] = 0
-    inverse = inverse_factor(hessian[order][:, order], gptq, stats)
+    w = w.masked_fill(dead, 0)
+    inverse = stats.once(("factor", gptq), lambda: inverse_factor(hessian[order][:, order], gptq, stats))
     codes, grids = _columns(w[:, order], inverse, format, plan, gptq, fixed, order, importance)
     back = torch.argsort(order)
     codes = codes[:, back]
     grid = fixed if fixed is not None else _joined(grids)
     split = format.split(w).shape
     return QTensor(format, codes.reshape(split).to(torch.int16), grid, tuple(w.shape))
+
+
+def _hessian(stats: InputStats, options: GptqOptions) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean of x x^T, which inputs are always zero, and the order of the columns."""
+    hessian = stats.hessian / stats.tokens
+    dead = hessian.diagonal() <= 0
+    hessian[dead, dead] = 1.0
+    order = torch.arange(len(hessian))
+    if options.act_order:
+        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    return hessian, dead, order
 
 
 def inverse_factor(hessian: Tensor, options: GptqOptions, stats: InputStats) -> Tensor:

@@ -33,21 +33,27 @@ def record_of(
     }
     if stats is None or not stats.tokens:
         return found
-    rows = stats.rows()
     output = stats.output_error(before)
+    about = stats.once("record", lambda: inputs_record(stats))
+    found |= {"output_error": stats.output_error(difference) / output if output else 0.0, **about["facts"]}
+    found["histograms"]["inputs"] = about["histogram"]
+    if stats.note:
+        found["note"] = stats.note
+    return found
+
+
+def inputs_record(stats: InputStats) -> dict[str, Any]:
+    """What is to be said of the inputs alone."""
+    rows = stats.rows()
     largest = torch.topk(stats.largest, min(TOP_CHANNELS, stats.features))
-    found |= {
-        "output_error": stats.output_error(difference) / output if output else 0.0,
+    facts = {
         "outliers": stats.outliers / (stats.tokens * stats.features),
         "outlier_threshold": OUTLIER,
         "calibration_tokens": stats.tokens,
         "top_channels": [[int(c), _short(v)] for v, c in zip(*largest, strict=True)],
         "ranges": ranges_of(rows),
     }
-    found["histograms"]["inputs"] = histogram(rows)
-    if stats.note:
-        found["note"] = stats.note
-    return found
+    return {"facts": facts, "histogram": histogram(rows)}
 
 
 def bits_of(weight: QTensor | None) -> float | None:

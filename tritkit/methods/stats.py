@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 OUTLIER = 6.0  # LLM.int8()'s threshold (FACTS 10.1)
 BINS = 64
@@ -26,6 +30,7 @@ class InputStats:
     outliers: int = 0  # inputs of at least OUTLIER
     sample: list[Tensor] = field(default_factory=list)  # rows, for histograms
     note: str = ""  # what a method has to say of them
+    derived: dict[Any, Any] = field(default_factory=dict)  # what was computed of them, once for all that read them
 
     def __post_init__(self) -> None:
         self.hessian = torch.zeros(self.features, self.features, dtype=torch.float64)
@@ -59,6 +64,12 @@ class InputStats:
     def rows(self) -> Tensor:
         """A sample of the inputs, float32 [n, in]."""
         return torch.cat(self.sample).float() if self.sample else torch.zeros(0, self.features)
+
+    def once(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """What ``compute`` returns, computed by the first linear that asks: linears of a stage share their inputs."""
+        if key not in self.derived:
+            self.derived[key] = compute()
+        return self.derived[key]
 
     def output_error(self, difference: Tensor) -> float:
         """Mean over tokens of |difference . x|^2, difference float32 [out, in]: trace(D H D^T) / tokens."""
