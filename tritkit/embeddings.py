@@ -172,10 +172,8 @@ def _nearest(scores: Scores, queries: int, k: int) -> tuple[np.ndarray, np.ndarr
     seen = [0] * queries
     for number, found in scores:
         have = best[number]
-        if len(have) == k:
-            new = np.flatnonzero(found > have[-1])  # have is sorted; an equal one comes later, so it loses
-        else:
-            new = _largest(found, k)
+        # have is sorted; a row that equals its last comes later, so it loses
+        new = np.flatnonzero(found > have[-1]) if len(have) == k else _largest(found, k)
         if len(new):
             merged = np.concatenate((have, found[new].astype(np.float32)))
             order = np.argsort(-merged, kind="stable")[:k]
