@@ -1,19 +1,15 @@
 """What int8 and binary embeddings cost in retrieval and give in size and speed, with all-MiniLM-L6-v2 on Wikipedia.
 
-python benchmarks/embeddings.py --text WIKI.txt[.xz] [--passages 6000] [--queries 1000] [--speed 200000]
+OMP_NUM_THREADS=1 python benchmarks/embeddings.py --text WIKI.txt[.xz] [--passages 6000] [--queries 1000]
 
 The task is an inverse cloze (Lee et al., arXiv 1906.00300): a query is a sentence out of a paragraph, and the paragraph
 without that sentence is the one passage to be found among all. The text: articles between lines <|endoftext|>,
 paragraphs between empty lines. The int8 ranges are those of the corpus. Retention is the NDCG@10 as a share of
-float32's, its standard error that of the paired differences. Speeds are of one thread, medians taken in turns.
+float32's, its standard error that of the paired differences. Speeds are medians
+taken in turns, of as many threads as numpy may use.
 """
 
 import argparse
-import os
-
-for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):  # before numpy starts its threads
-    os.environ.setdefault(name, "1")
-
 import lzma
 import re
 import time
@@ -94,7 +90,6 @@ def main() -> None:
     parser.add_argument("--speed", type=int, default=200_000, help="embeddings of the corpus that speed is taken on")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    torch.set_num_threads(1)
 
     kept = options.models / f"wiki-{options.text.name}-{options.passages}-{options.queries}-{options.seed}.npz"
     if not kept.exists():

