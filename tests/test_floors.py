@@ -20,6 +20,7 @@ FLOORS = {
     "pretokenizers": 3, "spm": 3, "hf_export": 3, "hf": 3, "hf_hook": 3, "inspection": 3,
     "methods": 3,
     "engine": 4, "evals": 4, "chat": 4, "template": 4, "template_child": 4,
+    "embeddings": 3,
     "tables": 5, "speed": 5, "cli": 6, "__main__": 7,
 }  # fmt: skip
 EVERYWHERE = {"config", "results", "files", "jsonfile", "progress", "memory"}
@@ -29,6 +30,7 @@ TORCH_FREE = {"layouts", "tokenizer", "models.config", "models", "data", "checkp
               "gguf_check", "gguf_tokenizer", "gguf_vocab", "pretokenizers", "spm", "hf_export", "hf_hook",
               "inspection", "newfolder", "inputs",
               "chat", "template", "tokenizer_guard", "engine",
+              "embeddings",
               "engine.load", "engine.native", "evals", *EVERYWHERE}  # fmt: skip
 
 

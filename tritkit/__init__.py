@@ -20,9 +20,21 @@ _PUBLIC = {
     "quantize": "tritkit.methods.modules",
     "evaluate": "tritkit.evals",
     "FORMATS": "tritkit.formats",
+    "quantize_embeddings": "tritkit.embeddings",
+    "search_embeddings": "tritkit.embeddings",
 }
 
-__all__ = ["FORMATS", "__version__", "evaluate", "generate", "load", "quantize", "train"]
+__all__ = [
+    "FORMATS",
+    "__version__",
+    "evaluate",
+    "generate",
+    "load",
+    "quantize",
+    "quantize_embeddings",
+    "search_embeddings",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

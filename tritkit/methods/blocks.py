@@ -79,6 +79,13 @@ def input_rows(module: nn.Module, x: Tensor) -> Tensor:
     return columns.transpose(1, 2).reshape(-1, columns.shape[1])
 
 
+def _geometry(module: nn.Module) -> tuple:
+    """What else its rows depend on: convolutions of one picture may unfold it differently."""
+    if not isinstance(module, nn.Conv2d):
+        return ()
+    return module.kernel_size, module.stride, module.padding, module.dilation
+
+
 @torch.no_grad()
 def quantize_block(job: BlockJob) -> None:
     """Quantise the linears of the block in place; ``job.done`` tells what became of each."""
@@ -116,7 +123,7 @@ def stages_of(job: BlockJob, wanted: Mapping[str, nn.Module]) -> list[list[str]]
     def hook_of(name: str):
         def hook(module: nn.Module, args: tuple) -> None:
             alive.append(args[0])
-            seen.append((name, (args[0].data_ptr(), tuple(args[0].shape))))
+            seen.append((name, (args[0].data_ptr(), tuple(args[0].shape), *_geometry(module))))
 
         return hook
 

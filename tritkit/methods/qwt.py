@@ -7,7 +7,7 @@ with ridge: the normal matrix of a language model is ruled by a few massive chan
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +69,7 @@ def solve(pairs: Iterable[Pair], ridge: float) -> Compensation:
     return Compensation(weight, bias.float())
 
 
-def explained(pairs: Iterable[Pair], term: Compensation) -> float:
+def explained(pairs: Iterable[Pair], term: Callable[[Tensor], Tensor]) -> float:
     """R^2 of the term: 1 - |Y - term(X)|^2 / |Y - mean Y|^2; below 0 it does harm."""
     left = total = 0.0
     count, sums = 0, torch.zeros(())
@@ -83,7 +83,7 @@ def explained(pairs: Iterable[Pair], term: Compensation) -> float:
     return 1 - left / total if total > 0 else 0.0
 
 
-def report(term: Compensation, fitted: float, held_out: float, kept: bool, **more: Any) -> dict[str, Any]:
+def report(term: Any, fitted: float, held_out: float, kept: bool, **more: Any) -> dict[str, Any]:
     """What results.json says of a block's term."""
     return {
         "r2": round(fitted, 6),

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from . import qwt
+from . import compensation_conv, qwt
 from .blocks import BlockJob, outputs, quantize_block
+from .compensation_conv import ConvCompensation
 from .qwt import Compensation
 
 
@@ -21,7 +22,7 @@ class Step:
 
     outputs: list[Tensor]
     held: list[Tensor]
-    term: Compensation | None = None
+    term: Compensation | ConvCompensation | None = None
     report: dict[str, Any] | None = None
 
 
@@ -54,9 +55,13 @@ def run_block(
     missing = [(x, w - y) for x, w, y in zip(job.inputs, wanted, step.outputs, strict=True)]
     missing_held = [(x, w - y) for x, w, y in zip(held, wanted_held, step.held, strict=True)]
     options = job.recipe.qwt
-    term = qwt.solve(missing, options.ridge)
-    fitted = qwt.explained(missing, term)
-    judged = qwt.explained(missing_held, term) if held else fitted
+    term: Any
+    if job.inputs[0].dim() == 4 and any(isinstance(m, nn.Conv2d) for m in job.linears.values()):
+        term, explained = compensation_conv.solve(missing, options.ridge), compensation_conv.explained
+    else:
+        term, explained = qwt.solve(missing, options.ridge), qwt.explained
+    fitted = explained(missing, term)
+    judged = explained(missing_held, term) if held else fitted
     kept, more = judged > 0, {}
     compensated = [y + term(x) for x, y in zip(held, step.held, strict=True)]
     if kept and options.check and judge is not None and held:
