@@ -317,14 +317,21 @@ def chat(arguments: list[str]) -> int:
 
 
 def evaluate(arguments: list[str]) -> int:
-    """perplexity and bits per byte on held-out text"""
+    """perplexity and bits per byte on held-out text, or the divergence from a parent"""
+    from .evals import SUITES
+
     parser = parser_of(
         "eval",
         "Perplexity of a model, added to its results.json. Protocols: document (each document from BOS to EOS, with\n"
-        "bits per byte), llama.cpp (second halves of chunks of 512), gptq (whole windows of 2048).",
-        "tritkit eval runs/mine --data wiki.test.txt --protocol llama.cpp",
+        "bits per byte), llama.cpp (second halves of chunks of 512), gptq (whole windows of 2048). The suite\n"
+        "divergence reads the same text with the model's parent too: KL divergence, and how often both find the same\n"
+        "token the likeliest.",
+        "tritkit eval runs/mine --data wiki.test.txt --protocol llama.cpp\n"
+        "  tritkit eval models/smol-q4 --suite divergence --parent models/smol",
     )
     parser.add_argument("model", nargs="?", metavar="MODEL", help="a model folder (none: the bundled model)")
+    parser.add_argument("--suite", choices=SUITES, default="perplexity", help="what is measured (default perplexity)")
+    parser.add_argument("--parent", metavar="MODEL", help="divergence: the model that this one was made of")
     parser.add_argument("--data", action="append", default=[], help="text (default: the bundled held-out books)")
     parser.add_argument("--protocol", choices=("document", "llama.cpp", "gptq"), default="document")
     parser.add_argument("--context", type=int, help="tokens of a window (default: the protocol's, at most the model's)")
@@ -335,17 +342,20 @@ def evaluate(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     from . import results
     from .engine.load import load
-    from .evals.perplexity import evaluate as run
     from .tables import print_metrics
 
-    model = load(options.model, options.engine, options.threads, options.kv_bits, options.head)
-    metrics = run(
+    if (options.suite == "divergence") != (options.parent is not None):
+        raise ValueError("--suite divergence and --parent MODEL need each other")
+    engine = (options.engine, options.threads, options.kv_bits, options.head)
+    model = load(options.model, *engine)
+    metrics = SUITES[options.suite](
         model,
         options.data or None,
         protocol=options.protocol,
         context=options.context,
         limit=options.limit,
         text_field=options.text_field,
+        **({} if options.parent is None else {"parent": load(options.parent, *engine)}),
     )
     settings = {k: v for k, v in vars(options).items() if k not in ("model", "no_record")}
     if not options.no_record and model.folder.container == "folder" and options.model is not None:
