@@ -3,6 +3,7 @@
 from ..jsonfile import shown
 from .base import Format, Grid, QTensor, fake_quantize
 from .binary import Binary
+from .ggml import ggml_formats
 from .integer import AbsmaxActivation, AbsmeanActivation, integer, parse_integer
 from .ternary import Ternary
 
@@ -13,6 +14,7 @@ FORMATS: dict[str, Format] = {
     "a8_q128": AbsmaxActivation("a8_q128", -128, 127, "row", peak=128.0),
     "a8_g32": AbsmaxActivation("a8_g32", -127, 127, 32),  # what the native engine makes of inputs without a format
     "a4": AbsmeanActivation("a4", -8, 7, "row"),
+    **ggml_formats(),  # q4_0 ... q6_k, tq1_0, tq2_0
 }
 
 
