@@ -56,7 +56,9 @@ def test_it_is_the_algorithm_of_the_paper(name, columns):
     assert rows.float().mean() > 0.9
 
 
-@pytest.mark.parametrize("name", ["int4_g32", "int4_row", "int4_tensor", "int3_g16_asym", "ternary", "binary", "int2_row"])
+@pytest.mark.parametrize(
+    "name", ["int4_g32", "int4_row", "int4_tensor", "int3_g16_asym", "ternary", "binary", "int2_row"]
+)
 @pytest.mark.parametrize("options", [GptqOptions(), GptqOptions(act_order=True), GptqOptions(static_groups=True)])
 def test_the_output_is_nearer_than_with_rounding(name, options):
     format, x, w = format_of(name), inputs(), weights()

@@ -100,7 +100,7 @@ def test_it_takes_back_a_good_part_of_the_error(method):
 
 def test_a_term_that_does_harm_is_left_out():
     """With a distance that only grows, no term may stay."""
-    model, batches, test = a_model()
+    model, batches, _ = a_model()
     calls = iter(range(1, 1000))
     report = quantize(
         model, read_recipe(None, {"format": "int3_row", "correct": "qwt"}), batches,
