@@ -245,7 +245,7 @@ class RangeObserver:
     """Collects activations and chooses their static range: one of the whole tensor, by several methods at once."""
 
     def __init__(self, format: Format, methods: Iterable[str] | None = None):
-        """methods: rows of RANGES; none: all that the format allows. ValueError for another, or another kind of format."""
+        """methods: rows of RANGES; none: all that the format allows. ValueError for others, or another format."""
         self.format = format = _integers(format)
         if format.group != "tensor":
             raise ValueError(
