@@ -151,9 +151,10 @@ def test_bins_beyond_the_most_merge_and_keep_their_counts():
 
 def test_zeros_before_the_first_value_are_counted():
     observer = RangeObserver(INT8, ["percentile"])
-    observer.update(torch.zeros(4, 5))
-    with pytest.raises(ValueError, match="nothing but zeros"):
+    with pytest.raises(ValueError, match="there were none"):
         observer.ranges()
+    observer.update(torch.zeros(4, 5))
+    assert observer.ranges() == {"percentile": (0, 0)} and observer.grid("percentile").scale == 1
     observer.update(torch.ones(1, 2))
     assert observer.histogram.counts[0] == 20 and observer.histogram.counts[-1] == 2
     assert observer.histogram.counts.sum() == 22
@@ -267,6 +268,8 @@ def test_what_makes_no_sense_is_refused():
         RangeObserver(format_of("int8_tensor_asym"), ["entropy"])
     with pytest.raises(ValueError, match="'kl'; known are absmax, minmax, percentile, mse, entropy"):
         choose(w.reshape(4, 1, 64), INT8, "kl")
+    with pytest.raises(ValueError, match="nf4 has a grid of its own"):
+        choose(w.reshape(4, 1, 64), format_of("nf4"), "mse")
     with pytest.raises(ValueError, match="'max'; known"):
         RangeObserver(INT8, ["max"])
     with pytest.raises(ValueError, match="int8_row has one per row"):

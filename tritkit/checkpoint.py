@@ -34,7 +34,9 @@ COMPANIONS = (
 )
 
 SCALED = ("hf_bitlinear", "hf_autobitlinear", "binary_rows", "dense", "i2_s_x86", "i2_s_arm")  # have a weight_scale
+SCALED += ("nf4", "nf4_dq", "fp4")
 EXTRAS = ("weight_scale", "weight_code", "weight_zero")  # what some layouts store beside "weight"
+EXTRAS += ("weight_scale_absmax", "weight_scale_mean")  # the second level of nf4_dq
 
 # What transformers itself runs as BitNet; everything else gets a model_type of our own.
 HF_FORMATS = ("ternary", "a8")

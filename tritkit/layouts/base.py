@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -54,7 +55,7 @@ class Unpacked:
     codes: np.ndarray
     scale: np.ndarray
     offset: np.ndarray | None = None
-    levels: TwoLevels | None = None
+    levels: Any = None  # TwoLevels of a k-quant, SecondLevel of nf4_dq
 
 
 class Layout(ABC):

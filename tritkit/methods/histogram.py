@@ -55,6 +55,11 @@ class Histogram:
             self.counts += torch.bincount(places, minlength=len(self.counts))
 
     @property
+    def seen(self) -> int:
+        """How many values were counted."""
+        return int(self.counts.sum()) if self.width else self._zeros
+
+    @property
     def edges(self) -> Tensor:
         """float64 [bins + 1]."""
         return torch.arange(self.start, self._end() + 1, dtype=torch.float64) * self.width

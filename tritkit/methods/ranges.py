@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from ..formats import Grid
+from ..formats import Format, Grid
 from ..formats.integer import Integer
 from .histogram import BINS, Histogram
 
@@ -230,20 +230,23 @@ RANGES: dict[str, Callable[..., Range]] = {
 }
 
 
-def choose(values_rgk: Tensor, format: Integer, method: str) -> Grid:
+def choose(values_rgk: Tensor, format: Format, method: str) -> Grid:
     """The grid of weights, float32 [rows, groups, k] as ``format.split`` gives them, whose range the method chooses.
 
-    ValueError for an unknown method and for one that cannot tell anything of such a format or such groups.
+    ValueError for an unknown method, for one that cannot tell anything of such a format or such groups, and for a
+    format that is no range of integers.
     """
-    low, high = _method(method)(Values(values_rgk), format)
-    return format.grid_of(low.float(), high.float())
+    found, integers = _method(method), _integers(format)
+    low, high = found(Values(values_rgk), integers)
+    return integers.grid_of(low.float(), high.float())
 
 
 class RangeObserver:
     """Collects activations and chooses their static range: one of the whole tensor, by several methods at once."""
 
-    def __init__(self, format: Integer, methods: Iterable[str] | None = None):
-        """methods: rows of RANGES; none: all that the format allows. ValueError for another, or another grouping."""
+    def __init__(self, format: Format, methods: Iterable[str] | None = None):
+        """methods: rows of RANGES; none: all that the format allows. ValueError for others, or another format."""
+        self.format = format = _integers(format)
         if format.group != "tensor":
             raise ValueError(
                 f"a static range is one of the whole tensor, but {format.name} has one per {format.group}; "
@@ -251,7 +254,6 @@ class RangeObserver:
             )
         if methods is None:
             methods = [name for name in RANGES if format.symmetric or name != "entropy"]
-        self.format = format
         self.methods = {name: _method(name) for name in methods}
         self.histogram = Histogram(signed=not format.symmetric)
         if "entropy" in self.methods:
@@ -262,7 +264,7 @@ class RangeObserver:
         self.histogram.update(x)
 
     def ranges(self) -> dict[str, tuple[float, float]]:
-        """Low and high end by method; ValueError where nothing but zeros was seen, which has no range."""
+        """Low and high end by method, all 0 where nothing but zeros was seen; ValueError where nothing was."""
         return {name: self._range(name) for name in self.methods}
 
     def grid(self, method: str) -> Grid:
@@ -271,8 +273,10 @@ class RangeObserver:
         return self.format.grid_of(torch.full((1, 1, 1), low), torch.full((1, 1, 1), high))
 
     def _range(self, method: str) -> tuple[float, float]:
+        if not self.histogram.seen:
+            raise ValueError("a range needs activations, but there were none")
         if not self.histogram.width:
-            raise ValueError("a range needs activations, but there were none, or nothing but zeros")
+            return 0.0, 0.0
         low, high = self.methods[method](Counted(self.histogram), self.format)
         return float(low), float(high)
 
@@ -281,3 +285,9 @@ def _method(name: str) -> Callable[..., Range]:
     if name not in RANGES:
         raise ValueError(f"unknown range method {name!r}; known are {', '.join(RANGES)}")
     return RANGES[name]
+
+
+def _integers(format: Format) -> Integer:
+    if not isinstance(format, Integer):
+        raise ValueError(f"ranges are chosen for integers, but {format.name} has a grid of its own")
+    return format
