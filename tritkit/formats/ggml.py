@@ -73,7 +73,7 @@ class Ggml(Format):
 
 def ggml_formats() -> dict[str, Format]:
     """One format for each quantiser."""
-    found = {}
+    found: dict[str, Format] = {}
     for name in SEARCHES:
         layout = GGML[name]
         found[name] = Ggml(name, layout.lo, layout.hi, layout.group, name)

@@ -17,12 +17,12 @@ LARGEST = 1e18
 def quantize(name: str, w: np.ndarray, importance: np.ndarray | None = None, threads: int = 0) -> np.ndarray:
     """uint8 [rows, row bytes] of w, float32 [rows, columns]: the bytes of ``ggml_quantize_chunk``.
 
-    name: one of SEARCHES. importance: float32 [columns], not negative: how much
-    an error of each column matters, as in llama.cpp's importance matrix the mean square of its input; q8_0, tq1_0 and
-    tq2_0 have no use for it. threads: 0 is one for each core. ValueError for another name, rows that are no whole
-    blocks, weights or importance that are not finite, and weights too large for float16 scales.
+    name: one of SEARCHES. importance: float32 [columns], not negative: how much an error of each column matters, in
+    llama.cpp's importance matrix the mean square of its input; q8_0, tq1_0 and tq2_0 have no use for it. threads: 0 is
+    one for each core. ValueError for another name, rows that are no whole blocks, weights or importance that are not
+    finite, and weights too large for float16 scales.
     """
-    from .. import _native
+    from tritkit import _native
 
     if name not in SEARCHES:
         raise ValueError(f"there is no quantiser for {name!r}; known are {', '.join(SEARCHES)}")
