@@ -21,7 +21,7 @@ FLOORS = {
     "methods": 3,
     "engine": 4, "evals": 4, "chat": 4, "template": 4, "template_child": 4,
     "embeddings": 3,
-    "tables": 5, "speed": 5, "cli": 6, "__main__": 7,
+    "tables": 5, "speed": 5, "sweeps": 5, "cli": 6, "__main__": 7,
 }  # fmt: skip
 EVERYWHERE = {"config", "results", "files", "jsonfile", "progress", "memory"}
 TORCH_FREE = {"layouts", "tokenizer", "models.config", "models", "data", "checkpoint", "folderfacts", "tables", "cli",

@@ -364,6 +364,60 @@ def evaluate(arguments: list[str]) -> int:
     return 0
 
 
+def sweep(arguments: list[str]) -> int:
+    """many recipes on one model, each quantised and measured: one table"""
+    parser = parser_of(
+        "sweep",
+        "Quantise MODEL by each of the RECIPES (files, mixes or formats, as quantize takes them), measure each result\n"
+        "and the model itself alike, and add a row of each to OUT, a .json file. It says how long it will take before\n"
+        "it starts; stopped, it goes on with the same command. A recipe that fails has its sentence in its row.",
+        "tritkit sweep models/smol recipes/*.toml q4_k_m --data wiki.test.txt --calibration other.txt --out sweep.json",
+    )
+    parser.add_argument("model", metavar="MODEL", help="a full-precision model folder or GGUF file")
+    parser.add_argument("recipes", metavar="RECIPE", nargs="*", help="recipe file, mix or format")
+    parser.add_argument("--out", required=True, metavar="FILE.json", help="where the rows are, and are added")
+    parser.add_argument(
+        "--suites",
+        default="perplexity,divergence",
+        help="perplexity (llama.cpp's and gptq's protocol), divergence (KL to MODEL), speed (decode)",
+    )
+    parser.add_argument("--data", action="append", default=[], help="test text (default: the bundled held-out books)")
+    parser.add_argument("--chunks", type=int, default=40, help="of 512 tokens, llama.cpp's protocol (default 40)")
+    parser.add_argument("--windows", type=int, default=10, help="of 2048 tokens, gptq's protocol (default 10; 0: all)")
+    parser.add_argument("--calibration", action="append", default=[], metavar="TEXT", help="another text, for methods")
+    parser.add_argument("--sequences", type=int, default=32, help="of calibration (default 32)")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence (default 2048)")
+    parser.add_argument("--text-field", default="text", help="field of .jsonl that holds the text")
+    parser.add_argument("--exact", action="append", default=[], metavar="NAME", help="mark: MODEL lies on this grid")
+    parser.add_argument("--peer", choices=("llama.cpp",), help="its perplexity of the same weights beside ours")
+    parser.add_argument(
+        "--markdown", metavar="FILE", help="the table, into a new file or the place marked in an old one"
+    )
+    parser.add_argument("--keep", action="store_true", help="keep the quantised folders, in OUT.work")
+    _engine_options(parser)
+    options = parser.parse_args(arguments)
+    from pathlib import Path
+
+    from .methods.recipe import read_recipe
+    from .sweeps.run import sweep as run
+    from .sweeps.settings import Settings
+    from .sweeps.table import print_sweep, require_place, write_markdown
+
+    own = ("out", "recipes", "exact", "markdown", "keep", "threads")
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(options).items()}
+    given = {k: v for k, v in given.items() if k not in own}
+    given["suites"] = tuple(suite for suite in options.suites.replace(",", " ").split())
+    settings = Settings(**given)
+    recipes = [read_recipe(recipe) for recipe in options.recipes]
+    if options.markdown is not None:
+        require_place(Path(options.markdown))
+    tree = run(settings, recipes, options.out, options.threads, options.keep, options.exact)
+    print_sweep(tree)
+    if options.markdown is not None:
+        write_markdown(tree, Path(options.markdown))
+    return 0
+
+
 def bench(arguments: list[str]) -> int:
     """prefill and decode speed, memory, and how near they are to what the machine can do"""
     parser = parser_of(
@@ -518,6 +572,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "generate": generate,
     "chat": chat,
     "eval": evaluate,
+    "sweep": sweep,
     "bench": bench,
     "import": import_,
     "export": export,

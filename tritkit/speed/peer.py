@@ -25,6 +25,7 @@ from ..gguf_model import ggml_name
 from ..gguf_writer import NewTensor, write_gguf
 from ..models.config import ModelConfig
 from ..progress import progress
+from .child import Child
 from .measure import Contestant, Work
 from .shapes import draw, embedding_spread, linear_spread, normal_values, temporary_folder, ternary_words
 
@@ -223,3 +224,27 @@ class LlamaCpp(Contestant):
     def logits(self, i: int) -> NDArray[np.float32]:
         """Those of the i-th token of the last batch."""
         return np.ctypeslib.as_array(self.lib.llama_get_logits_ith(self.context, i), (self.vocab_size,)).copy()
+
+
+class _Reader(LlamaCpp):
+    """The same for quality: windows of text instead of chance."""
+
+    def losses(self, windows: Sequence[tuple[NDArray, NDArray]]) -> NDArray[np.float64]:
+        found = []
+        for tokens, targets in windows:
+            self.lib.llama_memory_clear(self.memory, True)
+            for start in range(0, len(tokens), N_BATCH):
+                ids, scored = tokens[start : start + N_BATCH], targets[start : start + N_BATCH]
+                self.decode_tokens([(0, start + i, target >= 0) for i, target in enumerate(scored)], ids)
+                for i in np.flatnonzero(scored >= 0):
+                    logits = self.logits(int(i)).astype(np.float64)
+                    most = logits.max()
+                    found.append(np.log(np.exp(logits - most).sum()) + most - logits[scored[i]])
+        return np.array(found)
+
+
+def losses(path: Path, windows: Sequence[tuple[NDArray, NDArray]], threads: int) -> NDArray[np.float64]:
+    """Minus ln p of every target that is not -1, by llama.cpp, in a process of its own. windows: tokens, targets."""
+    longest = max(len(tokens) for tokens, _ in windows)
+    with Child("llama.cpp", _Reader, path, Work(longest, 1), threads, {}) as child:
+        return child.call("losses", windows)
