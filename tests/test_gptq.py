@@ -1,9 +1,11 @@
 """GPTQ against the paper's own algorithm, written out: one column after the other, with the inverse Hessian updated."""
 
+import numpy as np
 import pytest
 import torch
 
 from tritkit.formats import format_of
+from tritkit.layouts import LAYOUTS
 from tritkit.methods import gptq, rtn
 from tritkit.methods.recipe import GptqOptions, Plan, Recipe
 from tritkit.methods.stats import InputStats
@@ -56,12 +58,14 @@ def test_it_is_the_algorithm_of_the_paper(name, columns):
     assert rows.float().mean() > 0.9
 
 
-@pytest.mark.parametrize(
-    "name", ["int4_g32", "int4_row", "int4_tensor", "int3_g16_asym", "ternary", "binary", "int2_row"]
-)
+FORMATS = ["int4_g32", "int4_row", "int4_tensor", "int3_g16_asym", "ternary", "binary", "nf4", "nf4_dq", "fp4_g32"]
+
+
+@pytest.mark.parametrize("name", [*FORMATS, "q4_0", "q5_1", "q4_k", "q3_k", "q2_k", "q6_k"])
 @pytest.mark.parametrize("options", [GptqOptions(), GptqOptions(act_order=True), GptqOptions(static_groups=True)])
 def test_the_output_is_nearer_than_with_rounding(name, options):
-    format, x, w = format_of(name), inputs(), weights()
+    format, columns = format_of(name), 256 if name.endswith("_k") else 64
+    x, w = inputs(4 * columns, columns), weights(columns=columns)
     stats = stats_of(x)
     plan, recipe = Plan(format, "gptq"), Recipe(gptq=options)
     ours, rounded = gptq.solve(w, plan, stats, recipe), rtn.solve(w, plan, stats, recipe)
@@ -69,6 +73,7 @@ def test_the_output_is_nearer_than_with_rounding(name, options):
     assert errors[0] < 0.9 * errors[1]
     assert abs(stats.output_error(ours.dequantize() - w) / w.shape[0] - errors[0]) < 1e-4 * errors[0] + 1e-9
     assert ours.codes.min() >= format.lo and ours.codes.max() <= format.hi
+    assert np.array_equal(LAYOUTS[format.layout].dequantize(rtn.packed(ours), w.shape), ours.dequantize().numpy())
 
 
 def test_without_correlation_it_is_rounding():

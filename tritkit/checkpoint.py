@@ -33,10 +33,10 @@ COMPANIONS = (
     "chat_template.jinja",
 )
 
-SCALED = ("hf_bitlinear", "hf_autobitlinear", "binary_rows", "dense", "i2_s_x86", "i2_s_arm")  # have a weight_scale
-SCALED += ("nf4", "nf4_dq", "fp4")
-EXTRAS = ("weight_scale", "weight_code", "weight_zero")  # what some layouts store beside "weight"
-EXTRAS += ("weight_scale_absmax", "weight_scale_mean")  # the second level of nf4_dq
+CODEBOOKS = ("nf4", "nf4_dq", "fp4")
+# Layouts that have a weight_scale, and what layouts may store beside "weight".
+SCALED = ("hf_bitlinear", "hf_autobitlinear", "binary_rows", "dense", "i2_s_x86", "i2_s_arm", *CODEBOOKS)
+EXTRAS = ("weight_scale", "weight_code", "weight_zero", "weight_scale_absmax", "weight_scale_mean")
 
 # What transformers itself runs as BitNet; everything else gets a model_type of our own.
 HF_FORMATS = ("ternary", "a8")
