@@ -411,7 +411,8 @@ def export(arguments: list[str]) -> int:
         "that transformers loads without tritkit. It is read back and compared before it gets its name.",
         "tritkit export models/mine mine.gguf --type tq2_0\n  tritkit export models/mine mine-hf --to hf-bitlinear",
     )
-    from .gguf_export import WRITTEN, export_gguf
+    from .gguf_export import export_gguf
+    from .gguf_plan import WRITTEN
     from .hf_export import KINDS, export_hf
 
     parser.add_argument("model", metavar="MODEL", help="a model folder, GGUF file or llama2.c file")
