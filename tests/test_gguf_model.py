@@ -10,9 +10,9 @@ from tritkit.checkpoint import linear_names, matrix_names, matrix_shape, open_fo
 from tritkit.difference import DIFFERENT, EQUAL, MISSING, REQUANTISED, ROUNDED, differences
 from tritkit.engine.torch import model_of
 from tritkit.gguf import GGUFFile
-from tritkit.gguf_check import largest_error
+from tritkit.gguf_check import K_QUANTS, largest_error
 from tritkit.gguf_config import llama3_factors, llama3_scaling
-from tritkit.gguf_export import WRITTEN, export_gguf, plan
+from tritkit.gguf_export import export_gguf
 from tritkit.gguf_model import (
     ggml_name,
     halves_to_pairs,
@@ -21,10 +21,13 @@ from tritkit.gguf_model import (
     pairs_to_halves,
     shared_scale,
 )
+from tritkit.gguf_plan import WRITTEN, plan
 from tritkit.gguf_writer import NewTensor, write_gguf
 from tritkit.importer import import_model
 from tritkit.inspection import inspect
-from tritkit.layouts import GGML, LAYOUTS
+from tritkit.layouts import GGML
+from tritkit.layouts.search import SEARCHES, quantize
+from tritkit.methods.mixes import MIXES
 from tritkit.models.rope import Rope, rope_from_hf
 from tritkit.pack import pack
 
@@ -111,10 +114,10 @@ def test_rotary_scaling_comes_back(make_model, tmp_path, rope):
     np.testing.assert_allclose(logits(open_gguf(tmp_path / "x.gguf")), logits(opened), atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", [k for k in WRITTEN if k not in ("tq1_0", "tq2_0", "i2_s")])
+@pytest.mark.parametrize("kind", ["f32", "f16", "bf16", *ROUNDING])
 def test_every_type_has_the_bytes_that_ggmls_own_library_makes(make_folder, tmp_path, kind):
     folder = open_folder(make_folder("llama", **WIDE))
-    export_gguf(folder, tmp_path / "x.gguf", kind)
+    export_gguf(folder, tmp_path / "x.gguf", kind, pure=kind in SEARCHES)
     file = GGUFFile(tmp_path / "x.gguf")
     number = gguf.GGMLQuantizationType[kind.upper()]
     for name in matrix_names(folder.config):
@@ -129,13 +132,13 @@ def test_every_type_has_the_bytes_that_ggmls_own_library_makes(make_folder, tmp_
     assert matrices == {{"f32": EQUAL, "f16": ROUNDED, "bf16": ROUNDED}.get(kind, REQUANTISED)}
 
 
-@pytest.mark.parametrize("kind", ROUNDING)
+@pytest.mark.parametrize("kind", [*ROUNDING, *K_QUANTS])
 def test_importing_keeps_the_bits_and_both_engines_run_them(make_folder, tmp_path, kind):
     from tritkit.engine import Job
     from tritkit.engine.load import decoder_weights
     from tritkit.engine.native import NativeEngine
 
-    export_gguf(open_folder(make_folder("llama", **WIDE)), tmp_path / "x.gguf", kind)
+    export_gguf(open_folder(make_folder("llama", **WIDE)), tmp_path / "x.gguf", kind, pure=kind in SEARCHES)
     metrics = import_model(tmp_path / "x.gguf", tmp_path / "back")
     assert metrics["layout"] == kind
     assert metrics["bits_per_weight"] == 8 * GGML[kind].block_bytes / GGML[kind].block
@@ -211,8 +214,13 @@ def test_rows_that_are_no_whole_blocks_fall_back_and_say_so(make_folder, tmp_pat
 
 
 REFUSED = {
-    "k-quant": ("llama", "q4_k", None, "cannot quantise to Q4_K yet"),
-    "k-quant mix": ("llama", "Q4_K_M", None, "cannot quantise to Q4_K_M yet"),
+    "mix": ("llama", "Q4_K_L", None, "no type 'q4_k_l' to export; known are f32, .*q4_k_s, q4_k_m"),
+    "embedding of a mix": (
+        "llama",
+        "q8_0",
+        "q4_k_m",
+        "no type 'q4_k_m' for an embedding; known are .* q6_k",
+    ),
     "unknown": ("llama", "q9_9", None, "no type 'q9_9' to export; known are f32"),
     "embedding": ("llama", "q8_0", "tq2_0", "no type 'tq2_0' for an embedding"),
     "i2_s": ("llama", "i2_s", None, "these weights are not ternary"),
@@ -236,20 +244,20 @@ def test_nothing_is_replaced_without_being_asked(make_folder, tmp_path):
         export_gguf(folder, tmp_path / "none" / "x.gguf")
 
 
-def test_what_does_not_read_back_is_removed(make_folder, tmp_path, monkeypatch):
-    """A quantiser that is wrong in one block: the file never gets its name, and what was there stays."""
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0", "q4_k_m", "q2_k"])
+def test_what_does_not_read_back_is_removed(make_folder, tmp_path, monkeypatch, kind):
+    """A quantiser that is wrong in one byte of a row: the file never gets its name, and what was there stays."""
     folder = open_folder(make_folder("llama", **WIDE))
     (tmp_path / "x.gguf").write_text("mine")
-    right = type(GGML["q8_0"]).quantize
 
-    def wrong(self, w):
-        packed = right(self, w)
-        packed.arrays["weight"][:, 5] ^= 64
-        return packed
+    def wrong(kind, w, importance):
+        rows = quantize(kind, w, importance)
+        rows[:, 17] ^= 64
+        return rows
 
-    monkeypatch.setattr(type(GGML["q8_0"]), "quantize", wrong)
+    monkeypatch.setattr("tritkit.gguf_export.quantize", wrong)
     with pytest.raises(OSError, match=r"weight does not read back as it was written: .* the file was removed"):
-        export_gguf(folder, tmp_path / "x.gguf", "q8_0", overwrite=True)
+        export_gguf(folder, tmp_path / "x.gguf", kind, overwrite=True)
     assert (tmp_path / "x.gguf").read_text() == "mine"
     assert list(tmp_path.glob("*gguf*")) == [tmp_path / "x.gguf"]
 
@@ -406,4 +414,4 @@ def test_the_plan_names_every_matrix(make_folder):
     assert list(plans) == matrix_names(folder.config)
     assert {p.type for n, p in plans.items() if n in ("lm_head", "model.embed_tokens")} == {"f16"}
     assert all(matrix_shape(folder.config, n) for n in plans)
-    assert set(WRITTEN) <= set(LAYOUTS) | {"f32", "f16", "bf16", "i2_s"}
+    assert set(WRITTEN) == {"f32", "f16", "bf16", "i2_s"} | set(MIXES) | set(GGML)

@@ -465,17 +465,22 @@ def export(arguments: list[str]) -> int:
         "that transformers loads without tritkit. It is read back and compared before it gets its name.",
         "tritkit export models/mine mine.gguf --type tq2_0\n  tritkit export models/mine mine-hf --to hf-bitlinear",
     )
-    from .gguf_export import WRITTEN, export_gguf
+    from .gguf_export import export_gguf
+    from .gguf_plan import WRITTEN
     from .hf_export import KINDS, export_hf
 
     parser.add_argument("model", metavar="MODEL", help="a model folder, GGUF file or llama2.c file")
     parser.add_argument("out", metavar="OUT", help="FILE.gguf or a folder")
     parser.add_argument(
         "--type",
-        help=f"GGUF: type of the linears: {', '.join(WRITTEN)} (default: what they are; ternary ones tq2_0)",
+        help=f"GGUF: type of the linears, or mix of types: {', '.join(WRITTEN)} (default: what they are; ternary ones "
+        "tq2_0)",
     )
+    parser.add_argument("--pure", action="store_true", help="GGUF: every matrix of the type itself, no mix")
+    parser.add_argument("--imatrix", metavar="FILE", help="GGUF: importance matrix of llama.cpp that weighs the search")
     parser.add_argument(
-        "--embedding-type", help="GGUF: type of embedding and head (default: the type; with tq q8_0, with i2_s f16)"
+        "--embedding-type",
+        help="GGUF: type of embedding and head (default: the type or what a mix has; tq: q8_0, i2_s: f16)",
     )
     parser.add_argument(
         "--to",
@@ -499,12 +504,16 @@ def export(arguments: list[str]) -> int:
             options.embedding_type,
             options.overwrite,
             options.i2_s,
+            options.pure,
+            options.imatrix,
         )
     else:
         if options.to is None or options.type is not None or options.embedding_type is not None:
             raise ValueError(f"{options.out} would be a folder: say --to ... for one, or OUT.gguf for a GGUF file")
         if options.i2_s is not None:
             raise ValueError(f"--i2-s is the order of codes in a GGUF file, but {options.out} would be a folder")
+        if options.pure or options.imatrix is not None:
+            raise ValueError(f"--pure and --imatrix are for GGUF files, but {options.out} would be a folder")
         report = export_hf(open_model(options.model), options.out, options.to, options.overwrite)
     print_export(options.out, report)
     return 0

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from .checkpoint import ModelFolder, matrix_names, matrix_shape
-from .gguf_check import ROUNDING, largest_error
+from .gguf_check import HALF_A_STEP, K_QUANTS, ROUNDING, largest_error, steps_off
 from .layouts import Unpacked
 
 EQUAL, ROUNDED, REQUANTISED, DIFFERENT, MISSING = "equal", "rounded", "requantised", "different", "missing"
 # Bits of the significand, the hidden one too: how far a value may be from what it was rounded from.
 PRECISION = {"F64": 53, "F32": 24, "F16": 11, "BF16": 8}
 SCALE_ROUNDING = 2.0**-8  # at least as good as bfloat16
+FARTHEST = 0.7  # relative distance of a matrix and its k-quant; that of q2_k is about 0.3, of zeros 1
 
 
 @dataclass(frozen=True)
@@ -72,15 +73,21 @@ def _matrix(a: ModelFolder, b: ModelFolder, name: str) -> TensorDifference:
         rounded = _same_values(x, y, forms)
     if rounded:
         return TensorDifference(key, ROUNDED, forms, largest, relative)
-    status = REQUANTISED if _is_requantised(x, y, forms) or _is_requantised(y, x, forms[::-1]) else DIFFERENT
+    there = _is_requantised(x, y, b, name, forms, relative) or _is_requantised(y, x, a, name, forms[::-1], relative)
+    status = REQUANTISED if there else DIFFERENT
     return TensorDifference(key, status, forms, largest, relative)
 
 
-def _is_requantised(x: np.ndarray, y: np.ndarray, forms: tuple[str, str]) -> bool:
-    """Whether y, in a type of ggml that rounds to nearest, is x rounded to it."""
-    if forms[1] not in ROUNDING or forms[0] == forms[1]:
+def _is_requantised(
+    x: np.ndarray, y: np.ndarray, model: ModelFolder, name: str, forms: tuple[str, str], relative: float
+) -> bool:
+    """Whether y, a matrix of the model in a type of ggml, is x rounded to it."""
+    if forms[0] == forms[1]:
         return False
-    return bool((np.abs(x - y) <= largest_error(forms[1], x)).all())
+    if forms[1] in K_QUANTS and name in model.layouts:
+        off = steps_off(forms[1], model.codes(name), x)
+        return relative < FARTHEST and bool((off <= HALF_A_STEP).all())
+    return forms[1] in ROUNDING and bool((np.abs(x - y) <= largest_error(forms[1], x)).all())
 
 
 def _values(a: ModelFolder, b: ModelFolder, name: str) -> TensorDifference:

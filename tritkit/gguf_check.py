@@ -12,10 +12,13 @@ import numpy as np
 
 from .checkpoint import ModelFolder, matrix_shape
 from .gguf_model import open_gguf
-from .layouts import GGML, LAYOUTS, Packed
+from .layouts import GGML, LAYOUTS, Packed, Unpacked
+from .layouts.search import quantize
 
 SAMPLE = 16  # rows of each matrix that are read back
 ROUNDING = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "mxfp4")  # types that hold the nearest of their numbers
+K_QUANTS = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
+HALF_A_STEP = 0.5 + 2.0**-10  # and a rounding error
 
 
 def verify(
@@ -25,8 +28,12 @@ def verify(
     types: Mapping[str, str],
     i2_s: str,
     advance: Callable[[], None],
+    importance: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-    """Compare tensors by name, of matrices some rows within the error of their type; OSError says where they differ."""
+    """Compare tensors by name, of matrices some rows within the error of their type; OSError says where they differ.
+
+    importance: float32 [columns] of the matrices whose quantisation was weighed by it.
+    """
     written = open_gguf(path, i2_s)
     generator = np.random.default_rng(0)
     for name in names:
@@ -34,7 +41,15 @@ def verify(
         if module in types:
             rows = np.sort(generator.permutation(matrix_shape(model.config, module)[0])[:SAMPLE])
             wanted, found = rows_of(model, module, rows), rows_of(written, module, rows)
-            error, allowed = np.abs(found - wanted), largest_error(types[module], wanted)
+            kind, weights = types[module], (importance or {}).get(module)
+            if kind in K_QUANTS and model.layouts.get(module) != kind:
+                error = steps_off(kind, codes_of(written, module, rows), wanted)
+                allowed = np.full_like(wanted, HALF_A_STEP)
+            elif kind in ROUNDING and weights is not None and model.layouts.get(module) != kind:
+                wanted = GGML[kind].dequantize(Packed({"weight": quantize(kind, wanted, weights)}), wanted.shape)
+                error, allowed = np.abs(found - wanted), np.zeros_like(wanted)  # its definition is the search alone
+            else:
+                error, allowed = np.abs(found - wanted), largest_error(kind, wanted)
         else:
             wanted, found = model.tensors[name].float32(), written.tensors[name].float32()
             error, allowed = np.abs(found - wanted), np.zeros_like(wanted)
@@ -55,6 +70,21 @@ def verify(
         raise OSError("the rotary frequencies do not read back as they were written")
 
 
+def steps_off(kind: str, matrix: Unpacked, values: np.ndarray) -> np.ndarray:
+    """How many steps of their grid the codes of a k-quant are from its values: float32 [rows, columns].
+
+    Whatever chose its scales, a k-quant ends with the nearest code at the scales as stored: at most half a step, values
+    beyond the last code aside. A scale of zero says nothing of its codes.
+    """
+    rows, groups = matrix.scale.shape
+    offset = 0 if matrix.offset is None else matrix.offset[..., None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        place = (values.reshape(rows, groups, -1) - offset) / matrix.scale[..., None]
+    place = np.where(matrix.scale[..., None] == 0, np.nan, place).clip(GGML[kind].lo, GGML[kind].hi)
+    off = np.abs(place - matrix.codes.reshape(place.shape))
+    return np.nan_to_num(off, nan=0.0).reshape(values.shape)
+
+
 def rows_of(model: ModelFolder, name: str, rows: np.ndarray) -> np.ndarray:
     """Some rows of a matrix as float32. Only these are decoded where a layout keeps rows apart."""
     layout = model.layouts.get(name)
@@ -62,10 +92,19 @@ def rows_of(model: ModelFolder, name: str, rows: np.ndarray) -> np.ndarray:
         stored = model.tensors[f"{name}.weight"]
         return stored._replace(array=stored.array[rows]).float32()
     if layout in GGML or layout.startswith("i2_s"):
-        packed = model.packed(name)
-        part = Packed({**packed.arrays, "weight": packed.arrays["weight"][rows]})
-        return LAYOUTS[layout].dequantize(part, (len(rows), matrix_shape(model.config, name)[1]))
+        return LAYOUTS[layout].dequantize(*_part_of(model, name, rows))
     return model.floats(name)[rows]
+
+
+def codes_of(model: ModelFolder, name: str, rows: np.ndarray) -> Unpacked:
+    """Codes and scales of some rows of a matrix of blocks."""
+    return LAYOUTS[model.layouts[name]].unpack(*_part_of(model, name, rows))
+
+
+def _part_of(model: ModelFolder, name: str, rows: np.ndarray) -> tuple[Packed, tuple[int, int]]:
+    packed = model.packed(name)
+    part = Packed({**packed.arrays, "weight": packed.arrays["weight"][rows]})
+    return part, (len(rows), matrix_shape(model.config, name)[1])
 
 
 def largest_error(kind: str, values: np.ndarray) -> np.ndarray:

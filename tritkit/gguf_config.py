@@ -44,6 +44,7 @@ LARGEST_NUMBER = 3e38  # what a float32 can be
 FILE_TYPES = {
     **{"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "bf16": 32},
     **{"q2_k": 10, "q3_k": 12, "q4_k": 15, "q5_k": 17, "q6_k": 18},  # S, M or L cannot be told: M
+    **{"q3_k_s": 11, "q3_k_m": 12, "q3_k_l": 13, "q4_k_s": 14, "q4_k_m": 15, "q5_k_s": 16, "q5_k_m": 17},
     **{"tq1_0": 36, "tq2_0": 37, "mxfp4": 38, "i2_s": 40},
 }
 # The keys of an architecture that are read, or that say nothing of what is computed. Any other one may change the

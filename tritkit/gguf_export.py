@@ -1,8 +1,9 @@
 """``tritkit export MODEL OUT.gguf``: a model as a GGUF file that llama.cpp, bitnet.cpp or ik_llama.cpp loads.
 
-Each matrix gets the type that was asked for, or the one it falls back to; codes that are of that type already are
-copied, ternary codes are translated exactly, everything else is rounded to nearest. What was written is read back and
-compared with the model before it gets its name.
+Each matrix gets the type that was asked for or that a mix of llama.cpp has for it, or what that falls back to; codes
+that are of that type already are copied, ternary codes are translated exactly, everything else is quantised with ggml's
+own search, weighed by an importance matrix where there is one: the bytes of llama-quantize. What was written is read
+back and compared with the model before it gets its name.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,99 +22,14 @@ from .gguf import FLOAT_TYPES
 from .gguf_check import verify
 from .gguf_config import ARCHITECTURES, ROPE_FACTORS, architecture_of, metadata_of, rope_factors
 from .gguf_model import ggml_name, halves_to_pairs
+from .gguf_plan import TERNARY, WEIGHED, Plan, plan, ternary_of_floats
 from .gguf_writer import NewTensor, write_gguf
-from .layouts import GGML, I2S, LAYOUTS, GgmlQuantizer, Packed, Unpacked
+from .layouts import GGML, I2S, LAYOUTS, GgmlQuantizer, Packed
+from .layouts.search import SEARCHES, quantize
 from .layouts.translate import TERNARY as TERNARY_LAYOUTS
-from .layouts.translate import pack_ternary, ternary_codes, translate
+from .layouts.translate import pack_ternary, translate
 from .newfolder import require_finite, require_no_extras
 from .progress import progress
-
-TERNARY = ("tq1_0", "tq2_0", "i2_s")
-WRITTEN = ("f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "mxfp4", *TERNARY)
-# What a type's embedding and head become where nothing else is asked for. Rounding them to 8 bits costs nothing that
-# can be measured; Microsoft's I2_S files keep them at 16.
-EMBEDDINGS = {"tq1_0": "q8_0", "tq2_0": "q8_0", "i2_s": "f16"}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What becomes of one matrix. reason: why it is not what was asked for, or None."""
-
-    type: str
-    reason: str | None = None
-
-
-def own_type(model: ModelFolder, name: str) -> str:
-    """What a matrix is already, ternary codes of other containers as TQ2_0."""
-    layout = model.layouts.get(name)
-    if layout is None:
-        stored = model.tensors[f"{name}.weight"].dtype
-        return {dtype: kind for kind, (dtype, _) in FLOAT_TYPES.items()}.get(stored, "f32")
-    if layout in GGML:
-        return layout
-    if layout.startswith("i2_s"):
-        return "i2_s"
-    if layout in ("hf_bitlinear", "hf_autobitlinear"):
-        return "tq2_0"
-    raise ValueError(f"GGUF has no type for {name}, which is stored as {layout}; name one with --type")
-
-
-def plan(model: ModelFolder, kind: str | None, embedding: str | None) -> dict[str, Plan]:
-    """The type of each matrix; ValueError for a type that cannot be written, or not for this model."""
-    present = {layout for layout in model.layouts.values() if layout in GGML}
-    if kind is not None and kind not in WRITTEN and kind not in present:
-        if kind in GGML or kind.startswith(("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")):
-            raise ValueError(f"tritkit cannot quantise to {kind.upper()} yet; it writes {', '.join(WRITTEN)}")
-        raise ValueError(f"there is no type {kind!r} to export; known are {', '.join(WRITTEN)}")
-    if embedding is not None and (embedding not in WRITTEN or embedding in TERNARY):
-        known = ", ".join(w for w in WRITTEN if w not in TERNARY)
-        raise ValueError(f"there is no type {embedding!r} for an embedding; known are {known}")
-    if kind in TERNARY:
-        _require_ternary(model)
-    most = kind or own_type(model, linear_names(model.config)[0])
-    found = {}
-    for name in matrix_names(model.config):
-        if name not in (EMBEDDING, HEAD):
-            wanted = kind or own_type(model, name)
-        else:
-            own = own_type(model, name)
-            usual = EMBEDDINGS.get(most, most if kind in WRITTEN else own)
-            keeps = own in GGML and kind not in FLOAT_TYPES
-            wanted = embedding or (own if keeps else usual)
-        found[name] = _fitting(model, name, wanted)
-    return found
-
-
-def _fitting(model: ModelFolder, name: str, kind: str) -> Plan:
-    """``kind``, or what it falls back to where the rows are no whole blocks."""
-    cols = matrix_shape(model.config, name)[1]
-    if kind == "i2_s":
-        if cols % 128:
-            raise ValueError(f"I2_S has blocks of 128 columns, but a row of {name} has {cols}")
-    elif kind in GGML and cols % GGML[kind].block:
-        if kind in TERNARY:
-            raise ValueError(
-                f"{kind.upper()} has blocks of {GGML[kind].block} columns, but a row of {name} has {cols}: "
-                "this model cannot be ternary in GGUF; --type q8_0 or f16 holds its values"
-            )
-        return Plan("f16", f"{cols} columns are no multiple of {GGML[kind].block}")
-    elif kind in GGML and kind not in WRITTEN and model.layouts.get(name) != kind:
-        raise ValueError(f"{name} would have to be quantised to {kind.upper()}, which tritkit cannot yet")
-    return Plan(kind)
-
-
-def _require_ternary(model: ModelFolder) -> None:
-    """ValueError, with the size of the misfit, unless each linear is -s, 0 and +s already."""
-    for name in linear_names(model.config):
-        if name not in model.layouts or model.layouts[name] not in TERNARY_LAYOUTS:
-            _ternary_of_floats(model, name)
-
-
-def _ternary_of_floats(model: ModelFolder, name: str) -> Unpacked:
-    try:
-        return ternary_codes(model.floats(name))
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
 
 
 def export_gguf(
@@ -124,13 +39,16 @@ def export_gguf(
     embedding: str | None = None,
     overwrite: bool = False,
     i2_s: str | None = None,
+    pure: bool = False,
+    imatrix: Path | str | None = None,
 ) -> dict[str, Any]:
     """Write ``source`` as a GGUF file and return a report: types with their numbers of matrices, notes, bytes.
 
-    kind: type of the linears, one of WRITTEN (none: what each is, TQ2_0 for ternary ones). embedding: type of the
-    embedding and the output head (none: theirs where it is a type of ggml, else EMBEDDINGS or kind). i2_s: the order of
-    I2_S codes, "x86" (as none) or "arm", which bitnet.cpp's builds for ARM want. ValueError for what cannot be written;
-    OSError where what was written does not read back as it should, and then there is no file.
+    kind: type of the linears or a mix, one of gguf_plan.WRITTEN (none: what each is, TQ2_0 for ternary ones).
+    embedding: type of the embedding and the output head (none: theirs where it is a type of ggml, else what the mix
+    says, EMBEDDINGS or kind). i2_s: the order of I2_S codes, "x86" (as none) or "arm", which bitnet.cpp's builds for
+    ARM want. pure: no mix, each matrix the type itself. imatrix: file of an importance matrix. ValueError for what
+    cannot be written; OSError where what was written does not read back as it should, and then there is no file.
     """
     out = Path(out)
     if out.exists() and not overwrite:
@@ -144,13 +62,16 @@ def export_gguf(
     require_no_extras(source, "GGUF")
     architecture = architecture_of(source)
     model = _packed(source) if source.config.weights is not None and not source.is_packed else source
-    plans = plan(model, kind, embedding)
+    importance = None if imatrix is None else _importance_of(model, imatrix)
+    plans = plan(model, kind, embedding, pure, importance is not None)
+    if importance is not None and all(p.type not in WEIGHED for p in plans.values()):
+        raise ValueError(f"{imatrix} weighs the search for {', '.join(WEIGHED)}, but no matrix becomes one of these")
     most = Counter(plans[name].type for name in linear_names(model.config)).most_common(1)[0][0]
     if i2_s is not None and all(p.type != "i2_s" for p in plans.values()):
         raise ValueError(
             f"--i2-s {i2_s} is the order of I2_S codes, but the linears become {most.upper()}: --type i2_s"
         )
-    metadata = metadata_of(model, architecture, most)
+    metadata = metadata_of(model, architecture, kind or most)
     for name, tensor in source.tensors.items():  # reads every byte: what can be refused without that has been
         require_finite(source, name, tensor)
     order = f"i2_s_{i2_s or 'x86'}"
@@ -158,7 +79,9 @@ def export_gguf(
     names = _names(model)
     tensors = {}
     for name in names:
-        tensors[ggml_name(name)] = _new_tensor(model, name, plans.get(name.removesuffix(".weight")), order, heads)
+        module = name.removesuffix(".weight")
+        weights = None if importance is None else importance.get(module)
+        tensors[ggml_name(name)] = _new_tensor(model, name, plans.get(module), order, heads, weights)
     factors = rope_factors(model.config)
     if factors is not None:
         tensors[ROPE_FACTORS] = NewTensor("f32", factors.shape, lambda: factors)
@@ -167,7 +90,7 @@ def export_gguf(
         with ended_politely(), progress(f"export {out.name}", 2 * len(tensors), "tensors") as advance:
             write_gguf(beside, metadata, tensors, advance)
             types = {name: p.type for name, p in plans.items()}
-            verify(model, beside, names, types, i2_s or "x86", advance)
+            verify(model, beside, names, types, i2_s or "x86", advance, importance or {})
         os.replace(beside, out)
     finally:
         beside.unlink(missing_ok=True)
@@ -207,7 +130,14 @@ def _row_orders(model: ModelFolder, architecture: str) -> dict[str, int]:
     return {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}
 
 
-def _new_tensor(model: ModelFolder, name: str, plan: Plan | None, order: str, heads: dict[str, int]) -> NewTensor:
+def _new_tensor(
+    model: ModelFolder,
+    name: str,
+    plan: Plan | None,
+    order: str,
+    heads: dict[str, int],
+    importance: np.ndarray | None,
+) -> NewTensor:
     module, _, _ = name.rpartition(".")
     turned = heads.get(module.rpartition(".")[2])
     if plan is None:  # norms and biases stay float32, as llama.cpp wants them
@@ -219,13 +149,20 @@ def _new_tensor(model: ModelFolder, name: str, plan: Plan | None, order: str, he
     rows = None if turned is None else halves_to_pairs(shape[0], turned)
 
     def make() -> np.ndarray:
-        return encoded(model, module, plan.type, order, rows)
+        return encoded(model, module, plan.type, order, rows, importance)
 
     return NewTensor(plan.type, shape, make)
 
 
-def encoded(model: ModelFolder, name: str, kind: str, order: str, rows: np.ndarray | None) -> np.ndarray:
-    """The bytes of a matrix in a type of ggml, its rows in that order."""
+def encoded(
+    model: ModelFolder,
+    name: str,
+    kind: str,
+    order: str,
+    rows: np.ndarray | None,
+    importance: np.ndarray | None = None,
+) -> np.ndarray:
+    """The bytes of a matrix in a type of ggml, its rows in that order; importance: float32 [columns]."""
     own = model.layouts.get(name)
 
     def ordered(array: np.ndarray) -> np.ndarray:
@@ -238,9 +175,11 @@ def encoded(model: ModelFolder, name: str, kind: str, order: str, rows: np.ndarr
         packed = model.packed(name)
     elif kind in TERNARY:
         packed = _as_ternary(model, name, target)
+    elif kind in SEARCHES:
+        packed = _searched(model, name, kind, importance)
     else:
         layout_of = GGML[kind]
-        assert isinstance(layout_of, GgmlQuantizer)  # the others cannot quantise yet, and plan() refuses them
+        assert isinstance(layout_of, GgmlQuantizer)
         packed = layout_of.quantize(model.floats(name))
     packed = Packed({**packed.arrays, "weight": ordered(packed.arrays["weight"])})
     layout = LAYOUTS[target]
@@ -254,10 +193,34 @@ def _as_float(model: ModelFolder, name: str, kind: str) -> np.ndarray:
     return as_dtype(name, model.floats(name), dtype)
 
 
+def _searched(model: ModelFolder, name: str, kind: str, importance: np.ndarray | None) -> Packed:
+    try:
+        return Packed({"weight": quantize(kind, model.floats(name), importance)})
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _importance_of(model: ModelFolder, path: Path | str) -> dict[str, np.ndarray]:
+    """Importance of the columns of each matrix that the file knows; ValueError for one of another model."""
+    from .methods.importance import read_importance
+
+    known, found = read_importance(path), {}
+    for name in matrix_names(model.config):
+        weights, columns = known.of(name), matrix_shape(model.config, name)[1]
+        if weights is None or (name == EMBEDDING and len(weights) != columns):  # llama.cpp takes no notice of that
+            continue
+        if len(weights) != columns:
+            raise ValueError(f"{path} has {len(weights)} columns for {name}, which has {columns}: of another model")
+        found[name] = weights
+    if not found:
+        raise ValueError(f"{path} has no importance for any matrix of this model")
+    return found
+
+
 def _as_ternary(model: ModelFolder, name: str, target: str) -> Packed:
     own, shape = model.layouts.get(name), matrix_shape(model.config, name)
     if own not in TERNARY_LAYOUTS:
-        matrix = _ternary_of_floats(model, name)
+        matrix = ternary_of_floats(model, name)
     try:
         if own in TERNARY_LAYOUTS:
             return translate(model.packed(name), own, target, shape).packed

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from . import gguf_export, hf_export
+from . import gguf_plan, hf_export
 from .checkpoint import EMBEDDING, HEAD, ModelFolder, linear_names, matrix_names, matrix_shape
 from .folderfacts import PerLinear, code_shares, describe
 from .gguf import GGUFFile, Strings
@@ -159,7 +159,7 @@ def _can(model: ModelFolder, tokenizer: dict[str, Any] | None) -> list[str]:
     if model.config.weights and not model.is_packed:
         can.append("pack")
     ternary = model.config.weights == "ternary"
-    types = ", ".join(kind for kind in gguf_export.WRITTEN if ternary or kind not in gguf_export.TERNARY)
+    types = ", ".join(kind for kind in gguf_plan.WRITTEN if ternary or kind not in gguf_plan.TERNARY)
     kept = f", and as it is: {model.layout}" if model.layout and not ternary else ""
     can.append(f"export to GGUF: {types}{kept}")
     can.append(f"export to transformers: --to {', '.join(hf_export.KINDS if ternary else hf_export.DTYPES)}")

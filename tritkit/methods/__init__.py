@@ -1,19 +1,12 @@
-"""Which numbers of a format to choose: the methods of after-training quantisation. One file and one row each.
+"""Which numbers of a format to choose. table.py has the table of methods; mixes.py and importance.py need no torch."""
 
-``solve(w, plan, stats, options) -> QTensor``: w float32 [out, in]; plan: its format and range; stats: what is known of
-the linear's inputs, or None where there is no calibration data; options: the recipe.
-"""
+from typing import Any
 
-from __future__ import annotations
 
-from collections.abc import Callable
+def __getattr__(name: str) -> Any:
+    """The names of the table when they are asked for: its methods import torch."""
+    if name in ("METHODS", "NEED_INPUTS", "Solve"):
+        from . import table
 
-from ..formats import QTensor
-from . import gptq, rtn, search
-
-Solve = Callable[..., QTensor]
-
-METHODS: dict[str, Solve] = {"rtn": rtn.solve, "gptq": gptq.solve, "search": search.solve}
-NEED_INPUTS = ("gptq",)  # these do nothing sensible without calibration data
-
-__all__ = ["METHODS", "NEED_INPUTS", "Solve"]
+        return getattr(table, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
