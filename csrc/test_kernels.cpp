@@ -308,7 +308,7 @@ void test_line_linears(const char* isa) {
             x.reserve(ActivationFormat::kA8);
             for (int t = 0; t < tokens; ++t) {
                 for (int k = 0; k < columns; ++k) x.row(t)[k] = random_float();
-                x.quantize(t, runner.kernels);
+                x.quantize(t, runner.kernels, {});
             }
             auto apply = [&](const std::shared_ptr<Linear>& linear) {
                 std::vector<float> out(static_cast<size_t>(tokens * rows), 1.0f);
@@ -482,7 +482,7 @@ std::vector<float> random_product(const Linear& linear, Runner& runner, int toke
     x.reserve(linear.activations());
     for (int t = 0; t < tokens; ++t) {
         for (int k = 0; k < linear.columns(); ++k) x.row(t)[k] = random_float();
-        x.quantize(t, runner.kernels);
+        x.quantize(t, runner.kernels, {});
     }
     std::vector<float> out(static_cast<size_t>(tokens) * linear.rows());
     std::vector<Linear::Scratch> scratches(2);
