@@ -180,7 +180,7 @@ std::shared_ptr<Head> quantized_head(Runner& runner, std::shared_ptr<RowTable> r
 
 std::shared_ptr<RowTable> new_row_table(const std::string& layout, const Array& data, int rows, int columns,
                                         float scale, bool drop_pages) {
-    return std::make_shared<RowTable>(stored(layout, data, rows, columns, drop_pages), scale);
+    return std::make_shared<StoredRows>(stored(layout, data, rows, columns, drop_pages), scale);
 }
 
 nb::object row_of(const RowTable& table, int r) {
@@ -276,6 +276,18 @@ std::shared_ptr<GroupedLinear> new_grouped(Runner& runner, const Array& codes, i
     const float* bias_data = bias ? checked<float>(*bias, "bias", {source.rows()}) : nullptr;
     nb::gil_scoped_release release;
     return std::make_shared<GroupedLinear>(source, scale, bias_data, runner.pool, runner.arena, runner.kernels);
+}
+
+std::shared_ptr<RowTable> new_group_rows(const Array& codes, int bits, int group, const Array& scales,
+                                         const OptionalArray& zeros, const OptionalArray& table, float scale,
+                                         int columns, int field_bits) {
+    const OptionalArray none;
+    const GroupArrays arrays =
+        group_arrays(codes, bits, group, scales, none, zeros, none, none, none, table, columns, field_bits);
+    std::vector<Bytes> owners{bytes_of(codes), bytes_of(scales)};
+    for (const OptionalArray& array : {zeros, table})
+        if (array) owners.push_back(bytes_of(*array));
+    return std::make_shared<GroupRows>(arrays, std::move(owners), scale);
 }
 
 std::shared_ptr<Linear> linear_of(const nb::dict& layer, const char* name, int rows, int columns) {
@@ -613,8 +625,10 @@ NB_MODULE(_native, m) {
           "table"_a = nb::none(), "cols"_a = 0, "field_bits"_a = 8,
           "Bytes that a GroupedLinear would allocate at most.");
 
-    nb::class_<RowTable>(m, "RowTable", "Rows of floats or of blocks, looked up where they lie.")
+    nb::class_<RowTable>(m, "RowTable", "Rows of floats, blocks or codes, looked up where they lie.")
         .def(nb::new_(&new_row_table), "layout"_a, "data"_a, "rows"_a, "cols"_a, "scale"_a, "drop_pages"_a = false)
+        .def_static("grouped", &new_group_rows, "codes"_a, "bits"_a, "group"_a, "scales"_a, "zeros"_a = nb::none(),
+                    "table"_a = nb::none(), "scale"_a = 1.0f, "cols"_a = 0, "field_bits"_a = 8)
         .def("row", &row_of, "r"_a, "float32 [columns].");
 
     nb::class_<Head>(m, "Head", "The output head.")

@@ -73,7 +73,7 @@ float quantize_inputs(const InputGrid& grid, const float* x, int columns, Activa
         float scale = grid.scale, zero = grid.zero, inverse = 0.0f;
         const Range1D range = scale > 0.0f ? Range1D{} : range_of(x + begin, end - begin);
         if (grid.peak > 0.0f) {
-            inverse = grid.peak / std::max(std::max(-range.low, range.high), 1e-5f);
+            inverse = 1.0f / std::max(std::max(-range.low, range.high), 1e-5f) * grid.peak;  // torch's 127 / absmax
             scale = 1.0f / inverse;
         } else if (scale <= 0.0f) {
             scale = scale_of(grid, range);

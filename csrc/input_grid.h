@@ -14,7 +14,7 @@ struct InputGrid {
     bool asymmetric = false;  // lo = 0, and `zero` is wanted too; only with group 0
     float scale = 0.0f;       // of all tokens; 0: found for each
     float zero = 0.0f;        // of all tokens
-    float peak = 0.0f;        // above 0: inverse = peak / max(absmax, 1e-5), as BitNet's activations have it
+    float peak = 0.0f;        // above 0: inverse = 1 / max(absmax, 1e-5) * peak, as BitNet's activations have it
 
     /// Throws std::invalid_argument.
     void require_valid() const;

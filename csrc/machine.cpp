@@ -78,7 +78,7 @@ std::vector<double> product_seconds(Runner& runner, const std::vector<LinearPtr>
     for (const LinearPtr& linear : linears) x.reserve(*linear);
     for (int t = 0; t < tokens; ++t) {
         for (int k = 0; k < first.columns(); ++k) x.row(t)[k] = static_cast<float>((t + k) % 17 - 8);
-        x.quantize(t, runner.kernels, {});
+        x.quantize(t, runner.kernels, {&first});
     }
     std::vector<Linear::Scratch> scratch(static_cast<size_t>(runner.pool.size()));
     for (Linear::Scratch& s : scratch)

@@ -138,11 +138,9 @@ class ModelFolder:
 
     def input_grid(self, name: str) -> tuple[float, float | None] | None:
         """The stored scale, and the zero point if there is one, of the inputs of a linear; None where there is none."""
-        if f"{name}.input_scale" not in self.tensors:
-            return None
-        zero = self.tensors.get(f"{name}.input_zero")
-        scale = self.tensors[f"{name}.input_scale"].float32().item()
-        return scale, None if zero is None else zero.float32().item()
+        keys = [key for key in (f"{name}.input_scale", f"{name}.input_zero") if key in self.tensors]
+        found = [self.tensors[key].float32().item() for key in keys]
+        return (found[0], found[1] if len(found) > 1 else None) if found else None
 
     def codes(self, name: str) -> Unpacked:
         """Codes and scales of a matrix of codes; ValueError where the bytes are not what the layout says."""
