@@ -76,23 +76,18 @@ def test_long_sequences_tell_the_same(source, tmp_path, tokens):
     exact, native = (of(folder, tokens, 128) for of in (torch_logits, native_logits))
     p, q = log_softmax(exact), log_softmax(native)
     assert (np.exp(p) * (p - q)).sum(-1).mean() <= MEAN_KL
-    check_top_1(native, exact)
-
-
-def check_top_1(native, exact):
-    """Ties of this untrained model aside: a rounding that falls the other way moves a logit by some 0.001."""
-    second, first = np.sort(exact, axis=-1)[:, -2:].T
-    clear = first - second > 0.01 * exact.std()
-    assert clear.mean() > 0.9
-    assert (native.argmax(-1) == exact.argmax(-1))[clear].mean() >= TOP_1
+    assert (native.argmax(-1) == exact.argmax(-1)).mean() >= 0.99
 
 
 def check_near(native, exact):
-    """What DESIGN asks for."""
+    """What DESIGN asks for. The likeliest token of this untrained model is often likeliest by a hair, so that one is
+    looked at where no rounding fell the other way: which is nearly everywhere, and there all must be equal."""
     p, q = log_softmax(exact), log_softmax(native)
     assert np.median(np.abs(native - exact)) <= MEDIAN_LOGIT
     assert (np.exp(p) * (p - q)).sum(-1).mean() <= MEAN_KL
-    check_top_1(native, exact)
+    same = np.abs(native - exact).max(-1) < 1e-4
+    assert same.mean() > 0.9
+    assert (native.argmax(-1) == exact.argmax(-1))[same].mean() >= TOP_1
 
 
 def test_adapters_are_added(source, tmp_path, tokens):
