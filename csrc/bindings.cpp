@@ -1,5 +1,5 @@
-// The only file that knows Python. Checks dtypes, shapes and contiguity, raises ValueError. It computes nothing but in
-// the hooks for the tests, which run one linear or the quantizer without a decoder.
+// Only this file and bindings_quantize.cpp know Python. Checks dtypes, shapes and contiguity, raises ValueError. It
+// computes nothing but in the hooks for the tests, which run one linear or the quantizer without a decoder.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -11,6 +11,7 @@
 #include <numeric>
 #include <optional>
 
+#include "bindings_quantize.h"
 #include "decoder.h"
 #include "grouped.h"
 #include "machine.h"
@@ -570,6 +571,7 @@ nb::object quantize_on_grid(const Array& x, const InputGrid& grid) {
 
 NB_MODULE(_native, m) {
     m.doc() = "The native engine of tritkit. tritkit.engine.native is its face.";
+    bind_quantizers(m);
     m.def("available_isas", &available_isas, "Instruction sets with kernels that this CPU can run, slowest first.");
     m.def("default_isa", &default_isa, "TRITKIT_ISA, or the fastest available one.");
     m.def("usable_cores", &usable_cores, "Cores that this process may run on.");

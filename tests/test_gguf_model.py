@@ -17,17 +17,19 @@ from tritkit.gguf_model import (
     ggml_name,
     halves_to_pairs,
     hf_name,
-    one_scale,
     open_gguf,
     pairs_to_halves,
+    shared_scale,
 )
 from tritkit.gguf_writer import NewTensor, write_gguf
 from tritkit.importer import import_model
 from tritkit.inspection import inspect
 from tritkit.layouts import GGML, LAYOUTS
+from tritkit.models.rope import Rope, rope_from_hf
 from tritkit.pack import pack
 
 WIDE = {"hidden_size": 256, "intermediate_size": 512}  # whole blocks of every type
+LLAMA3 = ((8.0, 8192, 1.0, 4.0), (32.0, 8192, 1.0, 4.0), (4.0, 4096, 1.0, 8.0))
 ROUNDING = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "mxfp4")
 
 
@@ -370,35 +372,32 @@ def test_row_orders_undo_each_other():
     assert (rows[halves_to_pairs(48, 4)] == wanted).all()
 
 
-@pytest.mark.parametrize("parameters", [(8.0, 1, 4, 8192), (32.0, 1, 4, 8192), (4.0, 1, 8, 4096)])
-def test_llama3s_parameters_come_from_what_they_make(tmp_path, parameters):
-    factors = llama3_factors(*parameters, 500000.0, 128).astype(np.float32)
-    found = llama3_scaling(factors.astype(np.float64), 500000.0, 128, tmp_path)
-    again = llama3_factors(
-        found["factor"],
-        found["low_freq_factor"],
-        found["high_freq_factor"],
-        found["original_max_position_embeddings"],
-        500000.0,
-        128,
+@pytest.mark.parametrize("rope", [Rope("llama3", *r) for r in LLAMA3])
+def test_llama3s_parameters_come_from_what_they_make(tmp_path, rope):
+    factors = llama3_factors(rope, 500000.0, 128)
+    wavelength = 2 * np.pi * 500000.0 ** (np.arange(64) / 64)  # llama.cpp's converter
+    smooth = (rope.original_max_position_embeddings / wavelength - rope.low_freq_factor) / (
+        rope.high_freq_factor - rope.low_freq_factor
     )
-    np.testing.assert_allclose(again, factors, rtol=1e-5)
+    smooth = np.clip(smooth, 0, 1)
+    np.testing.assert_allclose(factors, 1 / ((1 - smooth) / rope.factor + smooth), rtol=1e-6)
+    assert rope_from_hf({"rope_parameters": llama3_scaling(factors, 500000.0, 128, tmp_path)}, 1) == (rope, 500000.0)
     with pytest.raises(ValueError, match="not what llama3's rotary scaling makes"):
         llama3_scaling(np.linspace(1, 3, 64), 500000.0, 128, tmp_path)
 
 
-def test_one_scale_is_seen_only_where_there_is_one():
+def test_a_shared_scale_is_seen_only_where_there_is_one():
     def blocks(scales, codes=1):
         packed = np.full((len(scales), 66), 0x55, np.uint8)
         packed[:, :64] = 0x55 if codes == 0 else 0xAA
         packed[:, 64:] = np.array(scales, np.float16)[:, None].view(np.uint8)
         return packed
 
-    assert one_scale("tq2_0", blocks([0.5, 0.5])) == 0.5
-    assert one_scale("tq2_0", blocks([0.5, 0.25])) is None
-    assert one_scale("tq2_0", np.concatenate([blocks([0.5]), blocks([0.0], codes=0)])) == 0.5
-    assert one_scale("tq2_0", np.concatenate([blocks([0.5]), blocks([0.0])])) is None  # codes that a zero makes zero
-    assert one_scale("tq2_0", blocks([0.0], codes=0)) == 0.0
+    assert shared_scale("tq2_0", blocks([0.5, 0.5])) == 0.5
+    assert shared_scale("tq2_0", blocks([0.5, 0.25])) is None
+    assert shared_scale("tq2_0", np.concatenate([blocks([0.5]), blocks([0.0], codes=0)])) == 0.5
+    assert shared_scale("tq2_0", np.concatenate([blocks([0.5]), blocks([0.0])])) is None  # codes that a zero makes zero
+    assert shared_scale("tq2_0", blocks([0.0], codes=0)) == 0.0
 
 
 def test_the_plan_names_every_matrix(make_folder):

@@ -139,3 +139,26 @@ def test_a_request_to_end_leaves_nothing(make_folder, tmp_path):
     process.wait(30)
     assert process.returncode != 0
     assert not list(tmp_path.glob(".out.*")) and not out.exists()
+
+
+MEANINGLESS = {
+    "revision": ("import", "--revision", "main"),
+    "token": ("import", "--token", "hf_x"),
+    "tokenizer": ("import", "--tokenizer", "tok512.bin"),
+    "i2-s in": ("import", "--i2-s", "arm"),
+    "i2-s out": ("export", "--i2-s", "arm"),
+    "i2-s folder": ("export", "--i2-s", "arm", "--to", "bf16"),
+}
+
+
+@pytest.mark.parametrize("case", MEANINGLESS)
+@pytest.mark.parametrize("container", ["folder", "file"])
+def test_an_option_that_means_nothing_here_is_refused(make_folder, tmp_path, capsys, case, container):
+    verb, option, *rest = MEANINGLESS[case]
+    source, out = make_folder("llama"), tmp_path / ("out" if verb == "import" or len(rest) > 1 else "out.gguf")
+    if container == "file":
+        export_gguf(open_folder(source), tmp_path / "x.gguf")
+        source = tmp_path / "x.gguf"
+    assert main([verb, str(source), str(out), option, *rest]) == 2
+    assert f"tritkit: {option}" in capsys.readouterr().err.splitlines()[-1]
+    assert not out.exists()

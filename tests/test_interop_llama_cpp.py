@@ -11,9 +11,10 @@ from tritkit.cli import main
 from tritkit.engine import Job
 from tritkit.engine.load import decoder_weights
 from tritkit.engine.native import NativeEngine
+from tritkit.gguf_writer import NewTensor
 from tritkit.speed.bench import KEYS
 from tritkit.speed.measure import Work
-from tritkit.speed.peer import GgufTensor, LlamaCpp, write_gguf
+from tritkit.speed.peer import LlamaCpp, write_without_vocabulary
 from tritkit.speed.shapes import LOGIT_SPREAD, SHAPES, random_folder
 
 pytest.importorskip("llama_cpp")
@@ -25,12 +26,12 @@ MEAN_DIFFERENCE, LARGEST_DIFFERENCE = 0.05, 0.3
 TOKENS = 64
 
 
-def same_weights(folder) -> dict[str, GgufTensor]:
+def same_weights(folder) -> dict[str, NewTensor]:
     import gguf
 
-    def tensor(kind: str, values: np.ndarray) -> GgufTensor:
+    def tensor(kind: str, values: np.ndarray) -> NewTensor:
         data = gguf.quantize(values, gguf.GGMLQuantizationType[kind.upper()])
-        return GgufTensor(values.shape, kind, lambda: iter([data]))
+        return NewTensor(kind, values.shape, lambda: data)
 
     found = {}
     for name in linear_names(folder.config):
@@ -47,7 +48,7 @@ def test_the_same_weights_give_the_same_logits(tmp_path):
     config = SHAPES["bitnet-tiny"]
     with random_folder("bitnet-tiny", config) as path:
         folder = open_folder(path)
-        write_gguf(tmp_path / "model.gguf", config, same_weights(folder))
+        write_without_vocabulary(tmp_path / "model.gguf", config, same_weights(folder))
         weights = decoder_weights(folder)
         shape = dataclasses.replace(weights.shape, activation="silu")
         native = NativeEngine(dataclasses.replace(weights, shape=shape), threads=2)

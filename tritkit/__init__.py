@@ -17,11 +17,24 @@ _PUBLIC = {
     "load": "tritkit.engine.load",
     "generate": "tritkit.engine.text",
     "train": "tritkit.trainer",
+    "quantize": "tritkit.methods.modules",
     "evaluate": "tritkit.evals",
     "FORMATS": "tritkit.formats",
+    "quantize_embeddings": "tritkit.embeddings",
+    "search_embeddings": "tritkit.embeddings",
 }
 
-__all__ = ["FORMATS", "__version__", "evaluate", "generate", "load", "train"]
+__all__ = [
+    "FORMATS",
+    "__version__",
+    "evaluate",
+    "generate",
+    "load",
+    "quantize",
+    "quantize_embeddings",
+    "search_embeddings",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

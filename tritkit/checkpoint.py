@@ -33,8 +33,10 @@ COMPANIONS = (
     "chat_template.jinja",
 )
 
-SCALED = ("hf_bitlinear", "hf_autobitlinear", "binary_rows", "dense", "i2_s_x86", "i2_s_arm")  # have a weight_scale
-EXTRAS = ("weight_scale", "weight_code", "weight_zero")  # what some layouts store beside "weight"
+CODEBOOKS = ("nf4", "nf4_dq", "fp4")
+# Layouts that have a weight_scale, and what layouts may store beside "weight".
+SCALED = ("hf_bitlinear", "hf_autobitlinear", "binary_rows", "dense", "i2_s_x86", "i2_s_arm", *CODEBOOKS)
+EXTRAS = ("weight_scale", "weight_code", "weight_zero", "weight_scale_absmax", "weight_scale_mean")
 
 # What transformers itself runs as BitNet; everything else gets a model_type of our own.
 HF_FORMATS = ("ternary", "a8")
@@ -138,9 +140,11 @@ class ModelFolder:
 
     def input_grid(self, name: str) -> tuple[float, float | None] | None:
         """The stored scale, and the zero point if there is one, of the inputs of a linear; None where there is none."""
-        keys = [key for key in (f"{name}.input_scale", f"{name}.input_zero") if key in self.tensors]
-        found = [self.tensors[key].float32().item() for key in keys]
-        return (found[0], found[1] if len(found) > 1 else None) if found else None
+        if f"{name}.input_scale" not in self.tensors:
+            return None
+        scale = self.tensors[f"{name}.input_scale"].float32().item()
+        has_zero = f"{name}.input_zero" in self.tensors
+        return scale, self.tensors[f"{name}.input_zero"].float32().item() if has_zero else None
 
     def codes(self, name: str) -> Unpacked:
         """Codes and scales of a matrix of codes; ValueError where the bytes are not what the layout says."""
@@ -435,14 +439,20 @@ def float_to_bf16(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
 
+def as_dtype(name: str, values: np.ndarray, dtype: str) -> np.ndarray:
+    """float32 as the file's "F32", "F16" or "BF16" (raw); ValueError, with the tensor's name, for too large ones."""
+    if dtype == "BF16":
+        return float_to_bf16(values)
+    if dtype == "F16" and values.size and np.abs(values).max() > np.finfo(np.float16).max:
+        raise ValueError(f"{name} has values up to {np.abs(values).max():.6g}, too large for float16; bf16 holds them")
+    return values.astype(np.float16 if dtype == "F16" else np.float32)
+
+
 def unpacked_tensors(
     tensors: Mapping[str, StoredTensor], packed: set[str], dtype: str
 ) -> Iterator[tuple[str, StoredTensor]]:
-    """What stays high precision in a packed folder: every tensor but those of the linears in ``packed``, as dtype."""
+    """What stays high precision in a packed folder: every tensor but those of the linears in ``packed``, as dtype,
+    "BF16" or "F32"."""
     for name, tensor in tensors.items():
         if name.rsplit(".weight", 1)[0] not in packed:
-            values = tensor.float32()
-            yield (
-                name,
-                StoredTensor("BF16", float_to_bf16(values)) if dtype == "bfloat16" else StoredTensor("F32", values),
-            )
+            yield name, StoredTensor(dtype, as_dtype(name, tensor.float32(), dtype))

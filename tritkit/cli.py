@@ -144,7 +144,7 @@ def train(arguments: list[str]) -> int:
     parser.add_argument("--keep-optimizer", action="store_true", help="keep its state, so that later runs train on")
     parser.add_argument("--overwrite", action="store_true", help="begin anew where OUT holds something")
     options, rest = parser.parse_known_intermixed_args(arguments)
-    overrides = _dotted(rest)
+    overrides = _dotted(rest, parser)
     short = {"data.text_field": options.text_field, "train.threads": options.threads}
     overrides |= {name: value for name, value in short.items() if value is not None}
     from .trainer import TrainingStopped, load_settings
@@ -167,15 +167,15 @@ def train(arguments: list[str]) -> int:
     return 0
 
 
-def _dotted(rest: list[str]) -> dict[str, str]:
+def _dotted(rest: list[str], parser: Parser) -> dict[str, str]:
     overrides = {}
     for argument in rest:
         name, equals, value = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or "." not in name or not equals:
-            known = ("--data", "--val", "--text-field", "--threads", "--keep-optimizer", "--overwrite")
+        if not argument.startswith("--") or not equals or "." not in name:
+            known = [option for option in parser._option_string_actions if option.startswith("--")]
             close = difflib.get_close_matches(argument, known, n=1)
             hint = f"did you mean {close[0]}?" if close else "settings are written --a.b=value"
-            raise ValueError(f"tritkit train does not know {argument!r}; {hint}")
+            raise ValueError(f"{parser.prog} does not know {argument!r}; {hint}")
         overrides[name] = value
     return overrides
 
@@ -201,6 +201,57 @@ def pack(arguments: list[str]) -> int:
     from .tables import print_metrics
 
     print_metrics(options.out, run(options.model, options.out, options.dtype, options.overwrite))
+    return 0
+
+
+def quantize(arguments: list[str]) -> int:
+    """a float model to one of 1 to 8 bits: round to nearest, GPTQ, k-quants, AWQ, QwT ... by a recipe"""
+    parser = parser_of(
+        "quantize",
+        "Quantise the linears of MODEL after training. RECIPE is a TOML file, a mix of llama.cpp (q4_k_m), or the\n"
+        "name of a format (int4_g64, nf4, q5_k, ternary); without one the options say it. A run that was stopped goes\n"
+        "on at the layer it was in. Any setting of a recipe may follow as --a.b=value.",
+        "tritkit quantize models/smol models/smol-q4 --format int4_g64 --method gptq --calibration wiki.txt",
+    )
+    parser.add_argument("model", metavar="MODEL", help="a model folder or a GGUF file")
+    parser.add_argument("out", metavar="OUT", help="the folder to write")
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="recipe file, mix or format")
+    parser.add_argument("--format", help="of the weights: int{2..8}[_gN|_row|_tensor][_asym], nf4, q4_k, ternary ...")
+    parser.add_argument("--method", help="rtn, gptq or search (default: search for ggml's formats, else rtn)")
+    parser.add_argument("--range", help="how a grid is chosen: absmax, minmax, percentile, mse, entropy")
+    parser.add_argument("--inputs", help="format of activations, for instance int8_row; +outliers for LLM.int8()")
+    parser.add_argument("--inputs-range", help="static ranges of activations: absmax, minmax, percentile, mse, entropy")
+    parser.add_argument("--transform", help="awq or smoothquant, folded into the neighbours first")
+    parser.add_argument("--correct", help="qwt: a closed-form compensation of each layer")
+    parser.add_argument("--embedding", help="format of the embedding (default: as it is)")
+    parser.add_argument("--head", help="format of the output head, where the model has one of its own")
+    parser.add_argument("--bits", type=float, help="mixed formats by measured sensitivity, so many bits a weight")
+    parser.add_argument("--calibration", action="append", default=[], metavar="TEXT", help="text; may be repeated")
+    parser.add_argument("--sequences", type=int, default=32, help="of calibration (default 32)")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence (default 2048)")
+    parser.add_argument("--text-field", default="text", help="field of .jsonl that holds the text")
+    parser.add_argument("--overwrite", action="store_true", help="replace what OUT holds")
+    options, rest = parser.parse_known_intermixed_args(arguments)
+    overrides = _dotted(rest, parser)
+    names = ("format", "method", "range", "inputs", "inputs_range", "transform", "correct", "embedding", "head")
+    overrides |= {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if options.bits is not None:
+        overrides["budget.bits"] = str(options.bits)
+    from .methods.quantizer import quantize_folder
+    from .methods.recipe import read_recipe
+    from .tables import print_metrics
+
+    metrics = quantize_folder(
+        options.model,
+        options.out,
+        read_recipe(options.recipe, overrides),
+        options.calibration,
+        sequences=options.sequences,
+        length=options.length,
+        text_field=options.text_field,
+        overwrite=options.overwrite,
+    )
+    print_metrics(options.out, metrics)
     return 0
 
 
@@ -266,14 +317,21 @@ def chat(arguments: list[str]) -> int:
 
 
 def evaluate(arguments: list[str]) -> int:
-    """perplexity and bits per byte on held-out text"""
+    """perplexity and bits per byte on held-out text, or the divergence from a parent"""
+    from .evals import SUITES
+
     parser = parser_of(
         "eval",
         "Perplexity of a model, added to its results.json. Protocols: document (each document from BOS to EOS, with\n"
-        "bits per byte), llama.cpp (second halves of chunks of 512), gptq (whole windows of 2048).",
-        "tritkit eval runs/mine --data wiki.test.txt --protocol llama.cpp",
+        "bits per byte), llama.cpp (second halves of chunks of 512), gptq (whole windows of 2048). The suite\n"
+        "divergence reads the same text with the model's parent too: KL divergence, and how often both find the same\n"
+        "token the likeliest.",
+        "tritkit eval runs/mine --data wiki.test.txt --protocol llama.cpp\n"
+        "  tritkit eval models/smol-q4 --suite divergence --parent models/smol",
     )
     parser.add_argument("model", nargs="?", metavar="MODEL", help="a model folder (none: the bundled model)")
+    parser.add_argument("--suite", choices=SUITES, default="perplexity", help="what is measured (default perplexity)")
+    parser.add_argument("--parent", metavar="MODEL", help="divergence: the model that this one was made of")
     parser.add_argument("--data", action="append", default=[], help="text (default: the bundled held-out books)")
     parser.add_argument("--protocol", choices=("document", "llama.cpp", "gptq"), default="document")
     parser.add_argument("--context", type=int, help="tokens of a window (default: the protocol's, at most the model's)")
@@ -284,22 +342,79 @@ def evaluate(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     from . import results
     from .engine.load import load
-    from .evals.perplexity import evaluate as run
     from .tables import print_metrics
 
-    model = load(options.model, options.engine, options.threads, options.kv_bits, options.head)
-    metrics = run(
+    if (options.suite == "divergence") != (options.parent is not None):
+        raise ValueError("--suite divergence and --parent MODEL need each other")
+    engine = (options.engine, options.threads, options.kv_bits, options.head)
+    model = load(options.model, *engine)
+    metrics = SUITES[options.suite](
         model,
         options.data or None,
         protocol=options.protocol,
         context=options.context,
         limit=options.limit,
         text_field=options.text_field,
+        **({} if options.parent is None else {"parent": load(options.parent, *engine)}),
     )
     settings = {k: v for k, v in vars(options).items() if k not in ("model", "no_record")}
     if not options.no_record and model.folder.container == "folder" and options.model is not None:
         results.record(options.model, "eval", settings, metrics)
     print_metrics(str(model.folder.path), metrics)
+    return 0
+
+
+def sweep(arguments: list[str]) -> int:
+    """many recipes on one model, each quantised and measured: one table"""
+    parser = parser_of(
+        "sweep",
+        "Quantise MODEL by each of the RECIPES (files, mixes or formats, as quantize takes them), measure each result\n"
+        "and the model itself alike, and add a row of each to OUT, a .json file. It says how long it will take before\n"
+        "it starts; stopped, it goes on with the same command. A recipe that fails has its sentence in its row.",
+        "tritkit sweep models/smol recipes/*.toml q4_k_m --data wiki.test.txt --calibration other.txt --out sweep.json",
+    )
+    parser.add_argument("model", metavar="MODEL", help="a full-precision model folder or GGUF file")
+    parser.add_argument("recipes", metavar="RECIPE", nargs="*", help="recipe file, mix or format")
+    parser.add_argument("--out", required=True, metavar="FILE.json", help="where the rows are, and are added")
+    parser.add_argument(
+        "--suites",
+        default="perplexity,divergence",
+        help="perplexity (llama.cpp's and gptq's protocol), divergence (KL to MODEL), speed (decode)",
+    )
+    parser.add_argument("--data", action="append", default=[], help="test text (default: the bundled held-out books)")
+    parser.add_argument("--chunks", type=int, default=40, help="of 512 tokens, llama.cpp's protocol (default 40)")
+    parser.add_argument("--windows", type=int, default=10, help="of 2048 tokens, gptq's protocol (default 10; 0: all)")
+    parser.add_argument("--calibration", action="append", default=[], metavar="TEXT", help="another text, for methods")
+    parser.add_argument("--sequences", type=int, default=32, help="of calibration (default 32)")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence (default 2048)")
+    parser.add_argument("--text-field", default="text", help="field of .jsonl that holds the text")
+    parser.add_argument("--exact", action="append", default=[], metavar="NAME", help="mark: MODEL lies on this grid")
+    parser.add_argument("--peer", choices=("llama.cpp",), help="its perplexity of the same weights beside ours")
+    parser.add_argument(
+        "--markdown", metavar="FILE", help="the table, into a new file or the place marked in an old one"
+    )
+    parser.add_argument("--keep", action="store_true", help="keep the quantised folders, in OUT.work")
+    _engine_options(parser)
+    options = parser.parse_args(arguments)
+    from pathlib import Path
+
+    from .methods.recipe import read_recipe
+    from .sweeps.run import sweep as run
+    from .sweeps.settings import Settings
+    from .sweeps.table import print_sweep, require_place, write_markdown
+
+    own = ("out", "recipes", "exact", "markdown", "keep", "threads")
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(options).items()}
+    given = {k: v for k, v in given.items() if k not in own}
+    given["suites"] = tuple(suite for suite in options.suites.replace(",", " ").split())
+    settings = Settings(**given)
+    recipes = [read_recipe(recipe) for recipe in options.recipes]
+    if options.markdown is not None:
+        require_place(Path(options.markdown))
+    tree = run(settings, recipes, options.out, options.threads, options.keep, options.exact)
+    print_sweep(tree)
+    if options.markdown is not None:
+        write_markdown(tree, Path(options.markdown))
     return 0
 
 
@@ -350,12 +465,14 @@ def export(arguments: list[str]) -> int:
         "that transformers loads without tritkit. It is read back and compared before it gets its name.",
         "tritkit export models/mine mine.gguf --type tq2_0\n  tritkit export models/mine mine-hf --to hf-bitlinear",
     )
+    from .gguf_export import WRITTEN, export_gguf
+    from .hf_export import KINDS, export_hf
+
     parser.add_argument("model", metavar="MODEL", help="a model folder, GGUF file or llama2.c file")
     parser.add_argument("out", metavar="OUT", help="FILE.gguf or a folder")
     parser.add_argument(
         "--type",
-        help="GGUF: type of the linears: f32, f16, bf16, q4_0, q4_1, q5_0, q5_1, q8_0, mxfp4, tq1_0, tq2_0 or "
-        "i2_s (default: what they are; ternary ones tq2_0)",
+        help=f"GGUF: type of the linears: {', '.join(WRITTEN)} (default: what they are; ternary ones tq2_0)",
     )
     parser.add_argument(
         "--embedding-type", help="GGUF: type of embedding and head (default: the type; with tq q8_0, with i2_s f16)"
@@ -363,10 +480,10 @@ def export(arguments: list[str]) -> int:
     parser.add_argument(
         "--to",
         type=lambda form: {"f16": "float16", "f32": "float32", "bfloat16": "bf16"}.get(form.lower(), form.lower()),
-        choices=("hf-bitlinear", "hf-autobitlinear", "bf16", "float16", "float32"),
+        choices=KINDS,
         help="folder: ternary codes with scales that divide or multiply, or plain floats",
     )
-    parser.add_argument("--i2-s", choices=("x86", "arm"), default="x86", help="order of I2_S codes (default x86)")
+    parser.add_argument("--i2-s", choices=("x86", "arm"), help="GGUF: order of I2_S codes (default x86)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
     options = parser.parse_args(arguments)
     from .sources import open_model
@@ -375,21 +492,19 @@ def export(arguments: list[str]) -> int:
     if options.out.lower().endswith(".gguf"):
         if options.to is not None:
             raise ValueError(f"--to {options.to} makes a folder, but {options.out} is a file; --type chooses its type")
-        from .gguf_export import export_gguf
-
         report = export_gguf(
             open_model(options.model),
             options.out,
             options.type,
             options.embedding_type,
             options.overwrite,
-            options.i2_s == "arm",
+            options.i2_s,
         )
     else:
         if options.to is None or options.type is not None or options.embedding_type is not None:
             raise ValueError(f"{options.out} would be a folder: say --to ... for one, or OUT.gguf for a GGUF file")
-        from .hf_export import export_hf
-
+        if options.i2_s is not None:
+            raise ValueError(f"--i2-s is the order of codes in a GGUF file, but {options.out} would be a folder")
         report = export_hf(open_model(options.model), options.out, options.to, options.overwrite)
     print_export(options.out, report)
     return 0
@@ -453,9 +568,11 @@ def inspect(arguments: list[str]) -> int:
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "pack": pack,
+    "quantize": quantize,
     "generate": generate,
     "chat": chat,
     "eval": evaluate,
+    "sweep": sweep,
     "bench": bench,
     "import": import_,
     "export": export,

@@ -19,14 +19,21 @@ def load(kind: type[T], file: Path | str | None = None, overrides: dict[str, str
 
     Raises ValueError, with the nearest right name, for a setting that does not exist, and for a value of another type.
     """
-    tree: dict[str, Any] = {}
-    if file is not None:
-        try:
-            tree = tomllib.loads(Path(file).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ValueError(f"there is no settings file {file}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file} is not a TOML file: {error}") from None
+    return fill(kind, read_toml(file) if file is not None else {}, overrides)
+
+
+def read_toml(file: Path | str) -> dict[str, Any]:
+    """The tree of a TOML file; ValueError where there is none."""
+    try:
+        return tomllib.loads(Path(file).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"there is no settings file {file}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not a TOML file: {error}") from None
+
+
+def fill(kind: type[T], tree: dict[str, Any], overrides: dict[str, str] | None = None) -> T:
+    """The dataclass tree ``kind`` from a tree of values, then overrides {"a.b": "text"}; errors as in ``load``."""
     for dotted, text in (overrides or {}).items():
         node = tree
         *path, last = dotted.split(".")

@@ -15,6 +15,8 @@ import numpy as np
 from .checkpoint import ModelFolder
 from .gguf import GGUFFile, as_array
 from .jsonfile import shown
+from .models.config import ModelConfig
+from .models.rope import Rope, frequencies
 from .tensorfile import StoredTensor
 
 
@@ -202,23 +204,21 @@ def llama3_scaling(factors: np.ndarray, base: float, head_dim: int, path: Path) 
     factor = float(round(factors.max(), 4))
     if not 0 < factor < 1e6:
         raise ValueError(f"{path}: {ROPE_FACTORS} has values up to {factors.max():g}, expected a number from 1 up")
-    for low, high, original in ((1, 4, 8192), *((1, h, 1 << n) for h in (4, 2, 8, 16) for n in range(9, 21))):
-        if np.allclose(llama3_factors(factor, low, high, original, base, head_dim), factors, rtol=1e-4):
-            return {
-                "rope_type": "llama3",
-                "factor": factor,
-                "low_freq_factor": float(low),
-                "high_freq_factor": float(high),
-                "original_max_position_embeddings": original,
-            }
+    for low, high, original in (
+        (1.0, 4.0, 8192),
+        *((1.0, h, 1 << n) for h in (4.0, 2.0, 8.0, 16.0) for n in range(9, 21)),
+    ):
+        rope = Rope("llama3", factor, original, low, high)
+        if np.allclose(llama3_factors(rope, base, head_dim), factors, rtol=1e-4):
+            return rope.to_hf(base)
     raise ValueError(f"{path}: {ROPE_FACTORS} is not what llama3's rotary scaling makes of any usual parameters")
 
 
-def llama3_factors(factor: float, low: float, high: float, original: int, base: float, head_dim: int) -> np.ndarray:
-    """What llama3's scaling divides each frequency by: float64 [head_dim / 2]."""
-    wavelength = 2 * math.pi * base ** (np.arange(0, head_dim, 2) / head_dim)
-    smooth = np.clip((original / wavelength - low) / (high - low), 0, 1)
-    return 1 / ((1 - smooth) / factor + smooth)
+def llama3_factors(rope: Rope, base: float, head_dim: int, max_positions: int = 0) -> np.ndarray:
+    """What llama3's scaling divides each frequency by: float32 [head_dim / 2]."""
+    plain, _ = frequencies(Rope(), base, head_dim, max_positions)
+    scaled, _ = frequencies(rope, base, head_dim, max_positions)
+    return plain / scaled
 
 
 def architecture_of(model: ModelFolder) -> str:
@@ -231,37 +231,39 @@ def architecture_of(model: ModelFolder) -> str:
     raise ValueError(f"GGUF has no architecture for the {family} family with {act!r}")
 
 
+def keys_of(config: ModelConfig, architecture: str) -> dict[str, Any]:
+    """The keys that say what a model is; neither its name nor its tokenizer."""
+    own = {
+        "vocab_size": config.vocab_size,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "rope.dimension_count": config.head_dim,
+        "rope.freq_base": float(config.rope_theta),
+        **_scaling_keys(config),
+    }
+    return {"general.architecture": architecture, **{f"{architecture}.{key}": value for key, value in own.items()}}
+
+
 def metadata_of(model: ModelFolder, architecture: str, kind: str) -> dict[str, Any]:
     """The keys of the file, tokenizer included."""
     from .gguf_tokenizer import tokenizer_to_gguf
 
-    c = model.config
-    name = model.path.stem if model.path.is_file() else model.path.name
-    own = {
-        "vocab_size": c.vocab_size,
-        "context_length": c.max_position_embeddings,
-        "embedding_length": c.hidden_size,
-        "block_count": c.num_hidden_layers,
-        "feed_forward_length": c.intermediate_size,
-        "attention.head_count": c.num_attention_heads,
-        "attention.head_count_kv": c.num_key_value_heads,
-        "attention.layer_norm_rms_epsilon": float(c.rms_norm_eps),
-        "attention.key_length": c.head_dim,
-        "attention.value_length": c.head_dim,
-        "rope.dimension_count": c.head_dim,
-        "rope.freq_base": float(c.rope_theta),
-        **_scaling_keys(model),
-    }
     return {
-        "general.architecture": architecture,
+        **keys_of(model.config, architecture),
         "general.type": "model",
-        "general.name": name,
+        "general.name": model.path.stem if model.path.is_file() else model.path.name,
         **_provenance(model),
         "general.file_type": FILE_TYPES.get(kind, 0),
         "general.quantization_version": 2,
         "general.quantized_by": "tritkit",
-        **{f"{architecture}.{key}": value for key, value in own.items()},
-        **tokenizer_to_gguf(model.tokenizer(), c.vocab_size),
+        **tokenizer_to_gguf(model.tokenizer(), model.config.vocab_size),
     }
 
 
@@ -274,31 +276,27 @@ def _provenance(model: ModelFolder) -> dict[str, Any]:
     return {key: found[key] for key in (f"general.{k}" for k in kept) if key in found}
 
 
-def _scaling_keys(model: ModelFolder) -> dict[str, Any]:
-    rope = model.config.to_hf().get("rope_parameters", {})
-    kind = rope.get("rope_type", "default")
-    if kind in ("default", "llama3"):  # llama3: a tensor says it
+def _scaling_keys(config: ModelConfig) -> dict[str, Any]:
+    rope = config.rope
+    if rope.type in ("default", "llama3"):  # llama3: a tensor says it
         return {}
-    keys: dict[str, Any] = {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
-    if kind == "yarn":
-        original = rope.get("original_max_position_embeddings") or model.config.max_position_embeddings
+    assert rope.factor is not None  # the other types need it
+    keys: dict[str, Any] = {"rope.scaling.type": rope.type, "rope.scaling.factor": float(rope.factor)}
+    if rope.type == "yarn":
+        original = rope.original_max_position_embeddings or config.max_position_embeddings
         keys["rope.scaling.original_context_length"] = int(original)
         for ours, theirs in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
-            if rope.get(ours) is not None:
-                keys[f"rope.scaling.{theirs}"] = float(rope[ours])
-        if rope.get("attention_factor") is not None:
-            usual = 0.1 * math.log(rope["factor"]) + 1
-            keys["rope.scaling.attn_factor"] = float(rope["attention_factor"]) / usual
-        if rope.get("mscale") or rope.get("mscale_all_dim") or rope.get("truncate") is False:
+            if getattr(rope, ours) is not None:
+                keys[f"rope.scaling.{theirs}"] = float(getattr(rope, ours))
+        if rope.attention_factor is not None:
+            keys["rope.scaling.attn_factor"] = rope.attention_factor / (0.1 * math.log(rope.factor) + 1)
+        if rope.mscale or rope.mscale_all_dim or rope.truncate is False:
             raise ValueError("GGUF cannot say what this model's yarn has: mscale, mscale_all_dim or truncate = false")
     return keys
 
 
-def rope_factors(model: ModelFolder) -> np.ndarray | None:
-    rope = model.config.to_hf().get("rope_parameters", {})
-    if rope.get("rope_type") != "llama3":
+def rope_factors(config: ModelConfig) -> np.ndarray | None:
+    """The tensor ROPE_FACTORS of a model, float32 [head_dim / 2]; None where it has no llama3 scaling."""
+    if config.rope.type != "llama3":
         return None
-    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
-    original = int(rope["original_max_position_embeddings"])
-    c = model.config
-    return llama3_factors(float(rope["factor"]), low, high, original, c.rope_theta, c.head_dim).astype(np.float32)
+    return llama3_factors(config.rope, config.rope_theta, config.head_dim, config.max_position_embeddings)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoint import EMBEDDING, HEAD, ModelFolder, float_to_bf16, linear_names, matrix_names, matrix_shape
+from .checkpoint import EMBEDDING, HEAD, ModelFolder, as_dtype, linear_names, matrix_names, matrix_shape
 from .files import ended_politely
 from .gguf import FLOAT_TYPES
 from .gguf_check import verify
@@ -123,14 +123,14 @@ def export_gguf(
     kind: str | None = None,
     embedding: str | None = None,
     overwrite: bool = False,
-    arm: bool = False,
+    i2_s: str | None = None,
 ) -> dict[str, Any]:
     """Write ``source`` as a GGUF file and return a report: types with their numbers of matrices, notes, bytes.
 
     kind: type of the linears, one of WRITTEN (none: what each is, TQ2_0 for ternary ones). embedding: type of the
-    embedding and the output head (none: theirs where it is a type of ggml, else EMBEDDINGS or kind). arm: I2_S in the
-    order that bitnet.cpp's ARM builds want. ValueError for what cannot be written; OSError where what was written does
-    not read back as it should, and then there is no file.
+    embedding and the output head (none: theirs where it is a type of ggml, else EMBEDDINGS or kind). i2_s: the order of
+    I2_S codes, "x86" (as none) or "arm", which bitnet.cpp's builds for ARM want. ValueError for what cannot be written;
+    OSError where what was written does not read back as it should, and then there is no file.
     """
     out = Path(out)
     if out.exists() and not overwrite:
@@ -142,20 +142,24 @@ def export_gguf(
         raise ValueError(f"there is no folder {out.parent} to write {out.name} into")
     kind, embedding = (None if k is None else k.lower() for k in (kind, embedding))
     require_no_extras(source, "GGUF")
-    for name, tensor in source.tensors.items():
-        require_finite(source, name, tensor)
     architecture = architecture_of(source)
     model = _packed(source) if source.config.weights is not None and not source.is_packed else source
     plans = plan(model, kind, embedding)
     most = Counter(plans[name].type for name in linear_names(model.config)).most_common(1)[0][0]
+    if i2_s is not None and all(p.type != "i2_s" for p in plans.values()):
+        raise ValueError(
+            f"--i2-s {i2_s} is the order of I2_S codes, but the linears become {most.upper()}: --type i2_s"
+        )
     metadata = metadata_of(model, architecture, most)
-    order = "i2_s_arm" if arm else "i2_s_x86"
+    for name, tensor in source.tensors.items():  # reads every byte: what can be refused without that has been
+        require_finite(source, name, tensor)
+    order = f"i2_s_{i2_s or 'x86'}"
     heads = _row_orders(model, architecture)
     names = _names(model)
     tensors = {}
     for name in names:
         tensors[ggml_name(name)] = _new_tensor(model, name, plans.get(name.removesuffix(".weight")), order, heads)
-    factors = rope_factors(model)
+    factors = rope_factors(model.config)
     if factors is not None:
         tensors[ROPE_FACTORS] = NewTensor("f32", factors.shape, lambda: factors)
     beside = out.with_name(f".{out.name}.{os.getpid()}.unverified")
@@ -163,7 +167,7 @@ def export_gguf(
         with ended_politely(), progress(f"export {out.name}", 2 * len(tensors), "tensors") as advance:
             write_gguf(beside, metadata, tensors, advance)
             types = {name: p.type for name, p in plans.items()}
-            verify(model, beside, names, types, "arm" if arm else "x86", advance)
+            verify(model, beside, names, types, i2_s or "x86", advance)
         os.replace(beside, out)
     finally:
         beside.unlink(missing_ok=True)
@@ -194,7 +198,7 @@ def _names(model: ModelFolder) -> list[str]:
     """Every tensor of the file in Hugging Face's names: matrices, norms, biases. The file's scales are inside."""
     known = [f"{name}.weight" for name in matrix_names(model.config)]
     extras = [n for n in model.tensors if n.endswith((".weight", ".bias")) and n not in set(known)]
-    return known + [n for n in extras if n.removesuffix(".weight") not in (HEAD,)]
+    return known + [n for n in extras if n != f"{HEAD}.weight"]
 
 
 def _row_orders(model: ModelFolder, architecture: str) -> dict[str, int]:
@@ -244,17 +248,10 @@ def encoded(model: ModelFolder, name: str, kind: str, order: str, rows: np.ndarr
 
 
 def _as_float(model: ModelFolder, name: str, kind: str) -> np.ndarray:
-    stored = model.tensors[f"{name}.weight"]
-    if name not in model.layouts and stored.dtype == FLOAT_TYPES[kind][0]:
+    stored, (dtype, _) = model.tensors[f"{name}.weight"], FLOAT_TYPES[kind]
+    if name not in model.layouts and stored.dtype == dtype:
         return stored.array
-    values = model.floats(name)
-    if kind == "bf16":
-        return float_to_bf16(values)
-    if kind == "f16" and values.size and np.abs(values).max() > np.finfo(np.float16).max:
-        raise ValueError(
-            f"{name} has values up to {np.abs(values).max():.6g}, too large for F16; --type bf16 holds them"
-        )
-    return values.astype(np.float16 if kind == "f16" else np.float32)
+    return as_dtype(name, model.floats(name), dtype)
 
 
 def _as_ternary(model: ModelFolder, name: str, target: str) -> Packed:

@@ -210,10 +210,11 @@ def _weights_of(config: ModelConfig, tensors: _Tensors, layouts: Mapping[str, st
     linears = linear_names(config)
     if not all(layouts.get(name, "").startswith(("tq", "i2_s")) for name in linears):
         return None
-    return "ternary" if all(one_scale(layouts[n], tensors[f"{n}.weight"].array) is not None for n in linears) else None
+    scales = (shared_scale(layouts[name], tensors[f"{name}.weight"].array) for name in linears)
+    return "ternary" if all(scale is not None for scale in scales) else None
 
 
-def one_scale(layout: str, blocks: np.ndarray) -> float | None:
+def shared_scale(layout: str, blocks: np.ndarray) -> float | None:
     """The scale that all blocks of a TQ matrix share, blocks without weights aside; None where they differ.
 
     blocks: uint8 [rows, bytes of a row]. I2_S has one scale by itself, which is not in the blocks: 1.

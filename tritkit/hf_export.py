@@ -22,8 +22,8 @@ from .checkpoint import (
     HEAD,
     HF_FORMATS,
     ModelFolder,
+    as_dtype,
     copy_companions,
-    float_to_bf16,
     linear_names,
     matrix_names,
     matrix_shape,
@@ -113,17 +113,7 @@ class _Plan:
         return rows_of(self.source, name, rows)
 
     def floats(self, name: str, shape: tuple[int, ...], values: Callable[[], np.ndarray]) -> LazyTensor:
-        def make() -> np.ndarray:
-            found = values()
-            if self.dtype == "F16" and found.size and np.abs(found).max() > np.finfo(np.float16).max:
-                raise ValueError(f"{name} has values up to {np.abs(found).max():.6g}, too large for float16; bf16 fits")
-            return (
-                float_to_bf16(found)
-                if self.dtype == "BF16"
-                else found.astype(np.float16 if self.dtype == "F16" else np.float32)
-            )
-
-        return LazyTensor(self.dtype, shape, make)
+        return LazyTensor(self.dtype, shape, lambda: as_dtype(name, values(), self.dtype))
 
     def notes(self) -> list[str]:
         """What a user should know, a sentence each."""

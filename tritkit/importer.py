@@ -51,7 +51,14 @@ def import_model(
         from .hub import download
 
         path = download(str(source), revision, token)
+    elif revision is not None or token is not None:
+        option = "--token" if revision is None else "--revision"
+        raise ValueError(f"{option} is for models of the Hugging Face hub, but {source} is here already")
     model = open_model(path, i2_s, tokenizer)
+    if tokenizer is not None and model.container != "llama2.c":
+        raise ValueError(f"--tokenizer is for llama2.c checkpoints, but {source} brings its own")
+    if i2_s is not None and (model.container != "gguf" or f"i2_s_{i2_s}" not in model.layouts.values()):
+        raise ValueError(f"--i2-s is the order of I2_S codes in a GGUF file, but {source} is none that has such codes")
     require_new(out, overwrite, model.path)
     words = model.tokenizer()
     tensors = {name: _lazy(model, name) for name in model.tensors}

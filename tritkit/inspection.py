@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from . import gguf_export, hf_export
 from .checkpoint import EMBEDDING, HEAD, ModelFolder, linear_names, matrix_names, matrix_shape
 from .folderfacts import PerLinear, code_shares, describe
 from .gguf import GGUFFile, Strings
@@ -157,13 +158,11 @@ def _can(model: ModelFolder, tokenizer: dict[str, Any] | None) -> list[str]:
         can.append("train: go on from its weights")
     if model.config.weights and not model.is_packed:
         can.append("pack")
-    kinds = "f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, mxfp4"
-    if model.config.weights == "ternary":
-        can.append(f"export to GGUF: tq2_0, tq1_0, i2_s, {kinds}")
-        can.append("export to transformers: --to hf-bitlinear, hf-autobitlinear, bf16, float16, float32")
-    else:
-        can.append(f"export to GGUF: {kinds}" + (f", and as it is: {model.layout}" if model.layout else ""))
-        can.append("export to transformers: --to bf16, float16, float32")
+    ternary = model.config.weights == "ternary"
+    types = ", ".join(kind for kind in gguf_export.WRITTEN if ternary or kind not in gguf_export.TERNARY)
+    kept = f", and as it is: {model.layout}" if model.layout and not ternary else ""
+    can.append(f"export to GGUF: {types}{kept}")
+    can.append(f"export to transformers: --to {', '.join(hf_export.KINDS if ternary else hf_export.DTYPES)}")
     return can
 
 

@@ -191,14 +191,15 @@ class PackedLinear(nn.Module):
 class Adapter(nn.Module):
     """An additive branch on a layer: W x + b, x the layer's input (QwT, arXiv 2411.13918). Begins as zero.
 
-    weight: [hidden, hidden], float16 as it is stored, or float32 while it is fitted; bias: float32 [hidden]. The
-    product is one of float32.
+    weight: [out, in], float16 as it is stored, or float32 while it is fitted; bias: float32 [out]. The product is one
+    of float32. In a decoder both sides are the hidden size, which is all that has to be given.
     """
 
-    def __init__(self, hidden: int):
+    def __init__(self, outputs: int, inputs: int | None = None):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(hidden, hidden, dtype=torch.float16), requires_grad=False)
-        self.bias = nn.Parameter(torch.zeros(hidden), requires_grad=False)
+        shape = outputs, outputs if inputs is None else inputs
+        self.weight = nn.Parameter(torch.zeros(shape, dtype=torch.float16), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(outputs), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x.float(), self.weight.float(), self.bias.float())

@@ -20,6 +20,7 @@ from .progress import progress
 from .tensorfile import StoredTensor
 
 PACKABLE = ("hf_autobitlinear", "binary_rows")  # layouts that the containers and the engines know so far
+DTYPES = {"bfloat16": "BF16", "float32": "F32"}
 
 
 def unpacked(q: QTensor) -> Unpacked:
@@ -57,7 +58,7 @@ def pack(source: Path | str, out: Path | str, dtype: str = "bfloat16", overwrite
     Codes and scales as trained; embedding, head and norms in ``dtype``, "bfloat16" or "float32". ValueError for a
     folder that is packed already, is full precision, or has a shape that its layout cannot hold.
     """
-    if dtype not in ("bfloat16", "float32"):
+    if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; known are 'bfloat16' and 'float32'")
     folder, out = open_folder(source), Path(out)
     if folder.config.weights is None:
@@ -69,7 +70,7 @@ def pack(source: Path | str, out: Path | str, dtype: str = "bfloat16", overwrite
     if (out / "config.json").exists() and not overwrite:
         raise ValueError(f"{out} already holds a model; give another folder, or --overwrite")
     packed, layout = pack_linears(folder)
-    tensors = dict(unpacked_tensors(folder.tensors, set(packed), dtype))
+    tensors = dict(unpacked_tensors(folder.tensors, set(packed), DTYPES[dtype]))
     for name, linear in packed.items():
         for suffix, array in linear.arrays.items():
             tensors[f"{name}.{suffix}"] = StoredTensor("U8" if array.dtype == np.uint8 else "F32", array)

@@ -56,6 +56,11 @@ MAIN: dict[str, tuple[str, Callable[[Any], str]]] = {
             ("perplexity", "perplexity ({})", lambda v: f"{v:.2f}"),
         )
     },
+    "divergence_kl": ("KL divergence from the parent, nats", lambda v: f"{v:.4f}"),
+    "divergence_top1": ("same likeliest token as the parent", lambda v: f"{100 * v:.2f} %"),
+    "divergence_target": ("mean change of ln p of the text", lambda v: f"{v:.4f}"),
+    "divergence_tokens": ("tokens compared with the parent", _count),
+    "divergence_protocol": ("compared by the protocol", str),
     "bits_per_byte": ("bits per byte (document)", lambda v: f"{v:.3f}"),
     "share_-1": ("share of -1", _share),
     "share_0": ("share of 0", _share),
@@ -76,7 +81,9 @@ def _cell(metrics: dict[str, Any], name: str) -> str:
         return "-"
     _, write = MAIN.get(name, (name, _number))
     error = metrics.get(f"{name}_error", metrics.get(f"{name}_sd"))
-    return write(metrics[name]) + (f" ± {error:.2g}" if error is not None and name.endswith("perplexity") else "")
+    if error is None or not name.endswith(("perplexity", "_kl", "_top1")):
+        return write(metrics[name])
+    return f"{write(metrics[name])} ± {f'{100 * error:.2g} %' if name.endswith('_top1') else f'{error:.2g}'}"
 
 
 def print_metrics(title: str, metrics: dict[str, Any]) -> None:

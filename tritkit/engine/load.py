@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..checkpoint import EMBEDDING, HEAD, ModelFolder, linear_names, linear_shape
-from ..gguf_model import one_scale
+from ..gguf_model import shared_scale
 from ..inputs import input_format
 from ..jsonfile import shown
 from ..layouts import GGML
@@ -192,7 +192,7 @@ def _packed_linear(
     if layout in GGML:
         if not config.is_low_bit(name) or name in (EMBEDDING, HEAD):
             return LinearWeights(layout, arrays["weight"], *shape, activations="a8_g32")
-        scale = one_scale(layout, arrays["weight"])
+        scale = shared_scale(layout, arrays["weight"])
         if scale is None:
             raise ValueError(f"{name} should be {config.weights} with one scale, but its blocks have several")
         return LinearWeights(layout, arrays["weight"], *shape, scale=scale, activations=config.activations)

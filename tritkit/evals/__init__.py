@@ -3,8 +3,12 @@
 ngram.py has no row: a program by itself, it measures how far one comes without a model.
 """
 
+from collections.abc import Callable
+from typing import Any
+
+from . import divergence
 from .perplexity import evaluate
 
-SUITES = {"perplexity": evaluate}
+SUITES: dict[str, Callable[..., dict[str, Any]]] = {"perplexity": evaluate, "divergence": divergence.evaluate}
 
 __all__ = ["SUITES", "evaluate"]

@@ -31,12 +31,37 @@ PROTOCOLS = ("document", "llama.cpp", "gptq")
 
 
 @dataclass(frozen=True)
+class ScoredText:
+    """What is scored, by one protocol."""
+
+    protocol: str
+    context: int  # tokens of a window, at most
+    files: str  # their names
+    windows: list[Window]
+    utf8_bytes: int  # of the whole text
+
+    @property
+    def name(self) -> str:
+        """The protocol as metrics write it."""
+        return self.protocol.replace(".", "_")
+
+    def facts(self, prefix: str, tokens: int) -> dict[str, Any]:
+        """What a number says nothing without."""
+        return {f"{prefix}_tokens": tokens, f"{prefix}_context": self.context, f"{prefix}_text": self.files}
+
+
+@dataclass(frozen=True)
 class Window:
     """Tokens to read and their targets, int32 [t]; a target of -1 is not scored. weight: predictions it counts as."""
 
     tokens: np.ndarray
     targets: np.ndarray
     weight: float = 1.0
+
+    def weights(self) -> np.ndarray:
+        """What each of its predictions counts as: float64 [scored targets]."""
+        count = int((self.targets >= 0).sum())
+        return np.full(count, self.weight / count if self.weight != 1 else 1.0)
 
 
 def evaluate(
@@ -55,17 +80,51 @@ def evaluate(
     limit: stop after so many scored tokens, at the end of a window; 0 scores all. ValueError for text that is too
     short, a context below 2 or longer than the model's, a negative limit, or an unknown protocol.
     """
+    model = model if isinstance(model, Model) else load(model)
+    text = scored_text(model, sources, protocol=protocol, context=context, limit=limit, text_field=text_field)
+    engine = model.engine
+    started = time.perf_counter()
+    nll, weights = score(engine, text.windows, f"eval {model.folder.path.name}")
+    seconds = time.perf_counter() - started
+    metrics = {**summary(text, nll, weights), **facts(engine), "eval_tokens_per_second": len(nll) / seconds}
+    if protocol == "document" and not limit:
+        metrics["bits_per_byte"] = float(nll.sum()) / math.log(2) / text.utf8_bytes
+    return metrics
+
+
+def facts(engine: Engine) -> dict[str, Any]:
+    return {"eval_engine": engine.name, "eval_kv_bits": engine.kv_bits}
+
+
+def summary(text: ScoredText, nll: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
+    """Perplexity and its standard error; nll, weights: losses of all scored targets, what each counts as; float64."""
+    perplexity = math.exp(np.average(nll, weights=weights))
+    error = float(np.std(nll)) / math.sqrt(len(nll))
+    return {
+        f"{text.name}_perplexity": perplexity,
+        f"{text.name}_perplexity_error": perplexity * error,
+        **text.facts(text.name, len(nll)),
+    }
+
+
+def scored_text(
+    model: Model,
+    sources: list[str] | tuple[str, ...] | None = None,
+    *,
+    protocol: str = "document",
+    context: int | None = None,
+    limit: int = 0,
+    text_field: str = "text",
+) -> ScoredText:
+    """The text cut as the protocol wants it; arguments and errors of ``evaluate``."""
     if protocol not in PROTOCOLS:
         raise ValueError(f"unknown protocol {protocol!r}; known are {', '.join(PROTOCOLS)}")
-    model = model if isinstance(model, Model) else load(model)
-    engine = model.engine
-    usual = {"llama.cpp": 512, "gptq": 2048, "document": engine.context_length}[protocol]
-    context = min(usual, engine.context_length) if context is None else context
+    longest = model.engine.context_length
+    usual = {"llama.cpp": 512, "gptq": 2048, "document": longest}[protocol]
+    context = min(usual, longest) if context is None else context
     least = 3 if protocol == "llama.cpp" else 2  # of fewer tokens none is predicted
-    if not least <= context <= engine.context_length:
-        raise ValueError(
-            f"--context is {context}, expected at least {least}; the model's context is {engine.context_length} tokens"
-        )
+    if not least <= context <= longest:
+        raise ValueError(f"--context is {context}, expected at least {least}; the model's context is {longest} tokens")
     if limit < 0:
         raise ValueError(f"--limit is {limit}, expected 0 (all of the text) or more")
     files = find_files(sources or [str(held_out_text())])
@@ -74,26 +133,8 @@ def evaluate(
     windows = _limited(every, limit)
     if not windows:
         raise ValueError(f"the text is shorter than one window of {context} tokens; give --context less or more text")
-    started = time.perf_counter()
-    nll, weights = score(engine, windows, f"eval {model.folder.path.name}")
-    seconds = time.perf_counter() - started
-    tokens = len(nll)
-    mean = float(np.average(nll, weights=weights))
-    error = float(np.std(nll)) / math.sqrt(tokens)
-    name = protocol.replace(".", "_")
-    metrics = {
-        f"{name}_perplexity": math.exp(mean),
-        f"{name}_perplexity_error": math.exp(mean) * error,
-        f"{name}_tokens": tokens,
-        f"{name}_context": context,
-        f"{name}_text": ", ".join(f.name for f in files) if sources else "bundled held-out books",
-        "eval_engine": engine.name,
-        "eval_kv_bits": engine.kv_bits,
-        "eval_tokens_per_second": tokens / seconds,
-    }
-    if protocol == "document" and not limit:
-        metrics["bits_per_byte"] = float(nll.sum()) / math.log(2) / utf8_bytes
-    return metrics
+    names = ", ".join(f.name for f in files) if sources else "bundled held-out books"
+    return ScoredText(protocol, context, names, windows, utf8_bytes)
 
 
 def held_out_text() -> Path:
@@ -115,7 +156,7 @@ def score(engine: Engine, windows: list[Window], title: str = "eval") -> tuple[n
             assert nll is not None
             scored = nll[window.targets >= 0].astype(np.float64)
             found.append(scored)
-            weights.append(np.full(len(scored), window.weight / len(scored) if window.weight != 1 else 1.0))
+            weights.append(window.weights())
             so_far = np.concatenate(found).mean() if len(found) % 8 == 1 else None
             advance(len(window.tokens), f"perplexity {math.exp(so_far):.2f}" if so_far is not None else "")
     return np.concatenate(found), np.concatenate(weights)

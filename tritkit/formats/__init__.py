@@ -3,6 +3,8 @@
 from ..jsonfile import shown
 from .base import Format, Grid, QTensor, fake_quantize
 from .binary import Binary
+from .codebook import codebook, parse_codebook
+from .ggml import ggml_formats
 from .integer import AbsmaxActivation, AbsmeanActivation, integer, parse_integer
 from .ternary import Ternary
 
@@ -13,12 +15,14 @@ FORMATS: dict[str, Format] = {
     "a8_q128": AbsmaxActivation("a8_q128", -128, 127, "row", peak=128.0),
     "a8_g32": AbsmaxActivation("a8_g32", -127, 127, 32),  # what the native engine makes of inputs without a format
     "a4": AbsmeanActivation("a4", -8, 7, "row"),
+    **ggml_formats(),  # q4_0 ... q6_k, tq1_0, tq2_0
+    **{name: codebook(name) for name in ("nf4", "nf4_dq", "fp4")},
 }
 
 
 def format_of(name: str) -> Format:
-    """The format of that name: a row of FORMATS, or int{2..8}[_g{N}|_row|_tensor][_asym]."""
-    found = FORMATS.get(name) or parse_integer(name)
+    """A row of FORMATS, int{2..8}[_g{N}|_row|_tensor][_asym], nf4[_g{N}][_dq] or fp4[_g{N}]."""
+    found = FORMATS.get(name) or parse_integer(name) or parse_codebook(name)
     if found is None:
         known = ", ".join(FORMATS)
         raise ValueError(

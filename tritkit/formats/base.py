@@ -8,6 +8,7 @@ training, round-to-nearest and the oracle of every kernel test.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ class Grid:
     scale: Tensor
     inverse: Tensor
     offset: Tensor | None = None
+    threshold: Tensor | None = None  # of a binary format: above it the code is +1
+    levels: Any = None  # layouts.TwoLevels of a k-quant, whose scales and minima are codes themselves
 
     @classmethod
     def from_scale(cls, scale: Tensor, offset: Tensor | None = None) -> Grid:
@@ -53,6 +56,11 @@ class Format:
         return False
 
     @property
+    def block(self) -> int:
+        """Columns of a row whose grid is chosen together: those of a group; 0 where that is the row or the matrix."""
+        return self.group if isinstance(self.group, int) else 0
+
+    @property
     def fits_int8(self) -> bool:
         return self.lo >= -128 and self.hi <= 127
 
@@ -73,8 +81,12 @@ class Format:
             )
         return w.reshape(-1, w.shape[-1] // size, size)
 
-    def fit(self, w_rgk: Tensor) -> Grid:
-        """Choose the grid of each group of a split, float32 tensor [rows, groups, k]."""
+    def fit(self, w_rgk: Tensor, importance: Tensor | None = None) -> Grid:
+        """Choose the grid of each group of a split, float32 tensor [rows, groups, k].
+
+        importance: how much an error in a column matters, float32 [groups, k], not negative; only formats that search
+        for their grid have a use for it.
+        """
         raise NotImplementedError
 
     def encode(self, w_rgk: Tensor, grid: Grid) -> Tensor:

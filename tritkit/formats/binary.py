@@ -1,6 +1,6 @@
 """BitNet (b1) weights: the sign of the centred weight times one scale. https://arxiv.org/abs/2310.11453"""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,12 +18,13 @@ class Binary(Format):
     group: str | int = "tensor"
     layout: str = "binary_rows"
 
-    def fit(self, w_rgk: Tensor) -> Grid:
-        return Grid.from_scale(w_rgk.abs().mean(-1, keepdim=True).clamp(min=EPSILON))
+    def fit(self, w_rgk: Tensor, importance: Tensor | None = None) -> Grid:
+        grid = Grid.from_scale(w_rgk.abs().mean(-1, keepdim=True).clamp(min=EPSILON))
+        return replace(grid, threshold=w_rgk.mean(-1, keepdim=True))  # alpha
 
     def encode(self, w_rgk: Tensor, grid: Grid) -> Tensor:
-        alpha = w_rgk.mean(-1, keepdim=True)
-        return torch.where(w_rgk > alpha, 1.0, -1.0)  # torch.sign would send 0 to 0
+        assert grid.threshold is not None
+        return torch.where(w_rgk > grid.threshold, 1.0, -1.0)  # torch.sign would send 0 to 0
 
     def bits(self) -> float:
         return 1.0  # the code 0 is never used

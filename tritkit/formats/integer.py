@@ -29,12 +29,14 @@ class Integer(Format):
     def has_offset(self) -> bool:
         return not self.symmetric
 
-    def fit(self, w_rgk: Tensor) -> Grid:
+    def fit(self, w_rgk: Tensor, importance: Tensor | None = None) -> Grid:
+        return self.grid_of(w_rgk.amin(-1, keepdim=True), w_rgk.amax(-1, keepdim=True))
+
+    def grid_of(self, low: Tensor, high: Tensor) -> Grid:
+        """The grid that covers a range, ends in float [rows, groups, 1]: a symmetric one up to the larger magnitude."""
         if self.symmetric:
-            absmax = w_rgk.abs().amax(-1, keepdim=True)
-            return Grid.from_scale(self._storable(absmax / self.hi))
-        low = w_rgk.amin(-1, keepdim=True).clamp(max=0)
-        high = w_rgk.amax(-1, keepdim=True).clamp(min=0)
+            return Grid.from_scale(self._storable(torch.maximum(-low, high) / self.hi))
+        low, high = low.clamp(max=0), high.clamp(min=0)
         scale = self._storable((high - low) / self.hi)
         zero = (-low / scale).round_().clamp_(self.lo, self.hi)
         return Grid.from_scale(scale, offset=-scale * zero)
@@ -74,7 +76,7 @@ class AbsmaxActivation(Format):
 
     peak: float = 127.0
 
-    def fit(self, w_rgk: Tensor) -> Grid:
+    def fit(self, w_rgk: Tensor, importance: Tensor | None = None) -> Grid:
         return Grid.from_inverse(self.peak / w_rgk.abs().amax(-1, keepdim=True).clamp_(min=EPSILON))
 
 
@@ -82,5 +84,5 @@ class AbsmaxActivation(Format):
 class AbsmeanActivation(Format):
     """BitNet a4.8's INT4: codes clip(round(sqrt(7) x / mean|x|), -8, 7) per token. arXiv 2411.04965 section 2."""
 
-    def fit(self, w_rgk: Tensor) -> Grid:
+    def fit(self, w_rgk: Tensor, importance: Tensor | None = None) -> Grid:
         return Grid.from_inverse(math.sqrt(7.0) / w_rgk.abs().mean(-1, keepdim=True).clamp(min=EPSILON))

@@ -17,5 +17,5 @@ class Ternary(Format):
     group: str | int = "tensor"
     layout: str = "hf_autobitlinear"
 
-    def fit(self, w_rgk: Tensor) -> Grid:
+    def fit(self, w_rgk: Tensor, importance: Tensor | None = None) -> Grid:
         return Grid.from_scale(w_rgk.abs().mean(-1, keepdim=True).clamp(min=EPSILON))  # absmean

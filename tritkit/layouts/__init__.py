@@ -1,6 +1,7 @@
 """Byte layouts: how codes and scales lie in a file. numpy only. One file and one row in LAYOUTS each."""
 
 from .base import Layout, Packed, TwoLevels, Unpacked
+from .codebook import E2M1, NF4, Codebook, DoubleCodebook
 from .dense import BinaryRows, Dense
 from .ggml import GgmlBlocks, GgmlQuantizer
 from .ggml_k import Q2K, Q3K, Q4K, Q5K, Q6K
@@ -15,6 +16,9 @@ LAYOUTS: dict[str, Layout] = {
     "hf_autobitlinear": HFBitNet("hf_autobitlinear", divides=False),
     "binary_rows": BinaryRows(),
     "dense": Dense(),
+    "nf4": Codebook("nf4", NF4),
+    "nf4_dq": DoubleCodebook("nf4_dq", NF4),
+    "fp4": Codebook("fp4", E2M1),
     "q4_0": GgmlLegacy(4, has_min=False),
     "q4_1": GgmlLegacy(4, has_min=True),
     "q5_0": GgmlLegacy(5, has_min=False),

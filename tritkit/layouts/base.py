@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +35,18 @@ class TwoLevels:
     dmin: np.ndarray | None = None
     mins: np.ndarray | None = None
 
+    @staticmethod
+    def joined(parts: list[TwoLevels]) -> TwoLevels:
+        """Those of neighbouring columns as one."""
+
+        def cat(name: str) -> np.ndarray | None:
+            arrays = [getattr(part, name) for part in parts]
+            return None if arrays[0] is None else np.concatenate(arrays, axis=1)
+
+        d, scales = cat("d"), cat("scales")
+        assert d is not None and scales is not None
+        return TwoLevels(d, scales, cat("dmin"), cat("mins"))
+
 
 @dataclass(frozen=True)
 class Unpacked:
@@ -42,7 +55,7 @@ class Unpacked:
     codes: np.ndarray
     scale: np.ndarray
     offset: np.ndarray | None = None
-    levels: TwoLevels | None = None
+    levels: Any = None  # TwoLevels of a k-quant, SecondLevel of nf4_dq
 
 
 class Layout(ABC):

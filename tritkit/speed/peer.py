@@ -9,9 +9,8 @@ import functools
 import importlib.util
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,35 +18,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint import ModelFolder, linear_names, linear_shape, norm_sizes
-from ..gguf import GGUFFile
-from ..gguf_config import architecture_of
+from ..gguf import NUMBERS, TYPES, GGUFFile, tensor_bytes
+from ..gguf_config import architecture_of, keys_of
 from ..gguf_export import export_gguf
-from ..gguf_model import ggml_name as gguf_name
+from ..gguf_model import ggml_name
+from ..gguf_writer import NewTensor, write_gguf
 from ..models.config import ModelConfig
 from ..progress import progress
+from .child import Child
 from .measure import Contestant, Work
 from .shapes import draw, embedding_spread, linear_spread, normal_values, temporary_folder, ternary_words
 
 PEERS = ("llama.cpp",)
-ARCHITECTURES = {"bitnet": "bitnet", "llama": "llama"}
+FAMILIES = ("bitnet", "llama")  # whose names llama.cpp uses too
 BLOCK = 256  # columns of a k-quant or a TQ2_0 block
 N_BATCH = 512
-
-NAMES = {  # ours to ggml's
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.attn_sub_norm": "attn_sub_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "mlp.ffn_sub_norm": "ffn_sub_norm",
-}
 
 
 def require(peer: str, config: ModelConfig, itself: bool = False) -> None:
@@ -56,70 +41,11 @@ def require(peer: str, config: ModelConfig, itself: bool = False) -> None:
         raise ValueError(f"--peer {peer} needs its package: pip install llama-cpp-python")
     if itself:
         return
-    if config.family not in ARCHITECTURES or config.weights not in ("ternary", None):
+    if config.family not in FAMILIES or config.weights not in ("ternary", None):
         raise ValueError(f"{peer} has no format for {config.weights or 'full'} weights of the {config.family} family")
     odd = [n for n in (config.hidden_size, config.intermediate_size) if n % BLOCK]
     if config.weights and odd:
         raise ValueError(f"{peer}'s TQ2_0 has blocks of {BLOCK} columns, and {odd[0]} is no multiple of that")
-
-
-@dataclass(frozen=True)
-class GgufTensor:
-    """One tensor to be written: ggml's name of its type, and its bytes in pieces."""
-
-    shape: tuple[int, ...]  # as numpy has it: rows, columns
-    kind: str
-    pieces: Callable[[], Iterator[np.ndarray]]
-
-    def nbytes(self) -> int:
-        import gguf
-
-        elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.kind.upper()]]
-        return math.prod(self.shape) // elements * size
-
-
-def ggml_name(name: str) -> str:
-    """ "model.layers.3.mlp.up_proj" to "blk.3.ffn_up"."""
-    if name.startswith("model.layers."):
-        layer, inside = name.removeprefix("model.layers.").split(".", 1)
-        return f"blk.{layer}.{NAMES[inside]}"
-    return NAMES[name]
-
-
-def write_gguf(path: Path, config: ModelConfig, tensors: Mapping[str, GgufTensor]) -> None:
-    """A GGUF file without a vocabulary. ``tensors`` by our names, without ".weight"."""
-    import gguf
-
-    writer = gguf.GGUFWriter(path, ARCHITECTURES[config.family])
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_string(f"{ARCHITECTURES[config.family]}.hidden_activation", config.hidden_act)
-    writer.add_tokenizer_model("no_vocab")
-    for name, tensor in tensors.items():
-        kind = gguf.GGMLQuantizationType[tensor.kind.upper()]
-        elements, size = gguf.GGML_QUANT_SIZES[kind]
-        stored = (*tensor.shape[:-1], tensor.shape[-1] // elements * size)
-        writer.add_tensor_info(f"{ggml_name(name)}.weight", stored, np.dtype(np.uint8), tensor.nbytes(), kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.close()
-    total = sum(t.nbytes() for t in tensors.values())
-    with progress("the same for llama.cpp", total, "B") as advance, open(path, "ab") as file:
-        for tensor in tensors.values():
-            file.write(bytes(-file.tell() % gguf.GGUF_DEFAULT_ALIGNMENT))
-            for piece in tensor.pieces():
-                file.write(piece.data)
-                advance(piece.nbytes)
-        file.write(bytes(-file.tell() % gguf.GGUF_DEFAULT_ALIGNMENT))
 
 
 @contextmanager
@@ -129,15 +55,29 @@ def random_gguf(name: str, config: ModelConfig) -> Iterator[tuple[Path, dict[str
     table = (config.vocab_size, config.hidden_size)
     tensors = {n: _random(linear, linear_shape(config, n), linear_spread(config, n)) for n in linear_names(config)}
     tensors["model.embed_tokens"] = _random(head, table, embedding_spread(config))
-    read = sum(tensor.nbytes() for tensor in tensors.values())  # a token reads them all: the embedding is the head
+    read = _bytes(tensors)  # a token reads them all: the embedding is the head
     for norm, size in norm_sizes(config).items():
-        tensors[norm] = GgufTensor((size,), "f32", functools.partial(_ones, size))
-    size = sum(tensor.nbytes() for tensor in tensors.values())
-    with temporary_folder(size, f"the shape {name} for llama.cpp") as folder:
-        write_gguf(folder / "model.gguf", config, tensors)
-        position = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # float16
-        facts = {"layout": linear, "head": head, "kv_bits": 16, "weight_bytes": read, "kv_bytes": position}
+        tensors[norm] = NewTensor("f32", (size,), functools.partial(np.ones, size, np.float32))
+    with temporary_folder(_bytes(tensors), f"the shape {name} for llama.cpp") as folder:
+        write_without_vocabulary(folder / "model.gguf", config, tensors)
+        facts = {"layout": linear, "head": head, "kv_bits": 16, "weight_bytes": read, "kv_bytes": _kv_bytes(config)}
         yield folder / "model.gguf", facts
+
+
+def write_without_vocabulary(path: Path, config: ModelConfig, tensors: Mapping[str, NewTensor]) -> None:
+    """A GGUF file of ``tensors``, which are under our names without ".weight"."""
+    metadata = {**keys_of(config, config.family), "tokenizer.ggml.model": "no_vocab"}
+    with progress("the same for llama.cpp", len(tensors), "tensors") as advance:
+        write_gguf(path, metadata, {ggml_name(f"{n}.weight"): t for n, t in tensors.items()}, advance)
+
+
+def _bytes(tensors: Mapping[str, NewTensor]) -> int:
+    return sum(tensor_bytes(TYPES[NUMBERS[t.type]], t.shape) for t in tensors.values())
+
+
+def _kv_bytes(config: ModelConfig) -> int:
+    """Of one position: keys and values in float16."""
+    return 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
 
 
 @contextmanager
@@ -154,11 +94,17 @@ def model_gguf(model: ModelFolder) -> Iterator[tuple[Path, dict[str, Any]]]:
 def _facts(path: Path, config: ModelConfig) -> dict[str, Any]:
     file = GGUFFile(path)
     head = "token_embd.weight" if config.tie_word_embeddings else "output.weight"
-    linears = [gguf_name(f"{name}.weight") for name in linear_names(config)]
+    linears = [ggml_name(f"{name}.weight") for name in linear_names(config)]
     read = sum(file[name].data.nbytes for name in (*linears, head))
     layouts = "+".join(sorted({file.type_of(name) for name in linears}))
-    position = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # float16
-    return {"layout": layouts, "head": file.type_of(head), "kv_bits": 16, "weight_bytes": read, "kv_bytes": position}
+    head_type = file.type_of(head)
+    return {
+        "layout": layouts,
+        "head": head_type,
+        "kv_bits": 16,
+        "weight_bytes": read,
+        "kv_bytes": _kv_bytes(config),
+    }
 
 
 def runs(model: ModelFolder) -> bool:
@@ -166,12 +112,8 @@ def runs(model: ModelFolder) -> bool:
     return architecture_of(model) != "bitnet-b1.58"
 
 
-def _random(kind: str, shape: tuple[int, ...], spread: float) -> GgufTensor:
-    return GgufTensor(shape, kind, functools.partial(RANDOM[kind], math.prod(shape), spread))
-
-
-def _ones(size: int) -> Iterator[np.ndarray]:
-    yield np.ones(size, np.float32)
+def _random(kind: str, shape: tuple[int, ...], spread: float) -> NewTensor:
+    return NewTensor(kind, shape, lambda: np.concatenate(list(RANDOM[kind](math.prod(shape), spread))))
 
 
 def _random_f16(count: int, spread: float) -> Iterator[np.ndarray]:
@@ -282,3 +224,27 @@ class LlamaCpp(Contestant):
     def logits(self, i: int) -> NDArray[np.float32]:
         """Those of the i-th token of the last batch."""
         return np.ctypeslib.as_array(self.lib.llama_get_logits_ith(self.context, i), (self.vocab_size,)).copy()
+
+
+class _Reader(LlamaCpp):
+    """The same for quality: windows of text instead of chance."""
+
+    def losses(self, windows: Sequence[tuple[NDArray, NDArray]]) -> NDArray[np.float64]:
+        found = []
+        for tokens, targets in windows:
+            self.lib.llama_memory_clear(self.memory, True)
+            for start in range(0, len(tokens), N_BATCH):
+                ids, scored = tokens[start : start + N_BATCH], targets[start : start + N_BATCH]
+                self.decode_tokens([(0, start + i, target >= 0) for i, target in enumerate(scored)], ids)
+                for i in np.flatnonzero(scored >= 0):
+                    logits = self.logits(int(i)).astype(np.float64)
+                    most = logits.max()
+                    found.append(np.log(np.exp(logits - most).sum()) + most - logits[scored[i]])
+        return np.array(found)
+
+
+def losses(path: Path, windows: Sequence[tuple[NDArray, NDArray]], threads: int) -> NDArray[np.float64]:
+    """Minus ln p of every target that is not -1, by llama.cpp, in a process of its own. windows: tokens, targets."""
+    longest = max(len(tokens) for tokens, _ in windows)
+    with Child("llama.cpp", _Reader, path, Work(longest, 1), threads, {}) as child:
+        return child.call("losses", windows)

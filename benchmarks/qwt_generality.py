@@ -1,0 +1,289 @@
+"""QwT beyond language: after-training quantisation of an encoder, a ViT, a ResNet and an image-text model.
+
+python benchmarks/qwt_generality.py [encoder vit resnet towers] [--methods rtn gptq] [--text WIKI.txt.xz]
+    [--test-text WIKI.txt] [--models runs/zoo] [--json runs/zoo/qwt.json]
+
+For each model and setting three rows: plain quantisation (PTQ), the same with a compensation of each block (QwT), and
+plain quantisation whose weights have the bytes that the compensations take. The linears and convolutions of the blocks
+are quantised; patches, stem, embeddings, norms and head stay. Calibration: 16 batches of 32 from the training split,
+and two more on which QwT's terms are judged; all quality is of the test split. Weights have one scale a row.
+
+Encoder: NDCG@10 of the task of benchmarks/embeddings.py, for which --text and --test-text are needed; ViT and ResNet:
+accuracy; towers: zero-shot accuracy with prompts in a template that training never saw. Cosine: between the outputs of
+the float model and the quantised one, mean over the test samples.
+"""
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import embeddings
+import numpy as np
+import torch
+import torch.nn.functional as F
+import zoo_models
+from torch import Tensor, nn
+
+from tritkit.embeddings import search_embeddings
+from tritkit.formats import format_of
+from tritkit.methods import rtn
+from tritkit.methods.blocks import is_matrix, matrix_of
+from tritkit.methods.modules import blocks_of, quantize
+from tritkit.methods.recipe import LoadedRecipe, Recipe, Rule
+
+BATCHES, HELD_OUT, SIZE = 16, 2, 32
+TOKENS = 64  # of a text, for the encoder
+
+
+@dataclass
+class Part:
+    """What is quantised on its own: its name in the model (none: all of it), its blocks, its calibration batches."""
+
+    name: str
+    blocks: str
+    batches: list
+    distance: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def of(self, model: nn.Module) -> nn.Module:
+        return model.get_submodule(self.name)
+
+
+@dataclass
+class Task:
+    """test: (a score of each test sample, the outputs that the scores come from); some: a batch for latency."""
+
+    model: nn.Module
+    parts: list[Part]
+    measure: str
+    test: Callable[[nn.Module], tuple[np.ndarray, Tensor]]
+    some: tuple
+    inputs: str = "int{}_row_asym"  # format of activations, with the bits left open
+    inputs_range: str | None = None  # a static one; none: each token has its own
+
+
+def settings(task: Task, method: str) -> dict[str, Recipe]:
+    def inputs(bits: int) -> dict:
+        return {"inputs": task.inputs.format(bits), "inputs_range": task.inputs_range}
+
+    return {
+        "W4A4": Recipe(format="int4_row", method=method, **inputs(4)),
+        "W4A8": Recipe(format="int4_row", method=method, **inputs(8)),
+        "W3": Recipe(format="int3_row", method=method),
+    }
+
+
+def quantised(task: Task, recipes: list[LoadedRecipe]) -> tuple[nn.Module, dict]:
+    """A copy of the model with each part quantised by its recipe, and the sums over the parts' reports."""
+    model = copy.deepcopy(task.model)
+    reports = []
+    for part, recipe in zip(task.parts, recipes, strict=True):
+        reports.append(quantize(part.of(model), recipe, part.batches, blocks=part.blocks, distance=part.distance))
+    facts = {key: sum(r[key] for r in reports) for key in ("bytes", "adapter_bytes", "seconds")}
+    terms = [t for r in reports for t in r["adapters"].values()]
+    facts |= {"terms": len(terms), "kept": sum(t["kept"] for t in terms)}
+    facts["r2"] = float(np.mean([t["r2_held_out"] for t in terms])) if terms else None
+    return model, facts
+
+
+def equal_size(part: nn.Module, blocks: str, recipe: Recipe, size: int) -> LoadedRecipe:
+    """The recipe with as many bits for the weights as fit into ``size`` bytes: all matrices have the same number of
+    bits, or the first ones, in the order of computation, have one more."""
+    matrices = {
+        f"{name}.{child}": matrix_of(m)
+        for name, block in blocks_of(part, blocks).items()
+        for child, m in block.named_modules()
+        if is_matrix(m)
+    }
+
+    def nbytes(name: str, bits: int) -> int:
+        return rtn.packed(format_of(f"int{bits}_row").quantize(matrices[name])).nbytes
+
+    bits, fits = int(str(recipe.format)[3]), 0
+    for more in range(bits, 9):
+        if sum(nbytes(name, more) for name in matrices) <= size:
+            fits = more
+    left = size - sum(nbytes(name, fits) for name in matrices)
+    rules = []
+    for name in matrices if fits < 8 else ():
+        left -= nbytes(name, fits + 1) - nbytes(name, fits)
+        if left < 0:
+            break
+        rules.append(Rule(name, format=f"int{fits + 1}_row"))
+    return LoadedRecipe(replace(recipe, format=f"int{fits}_row"), tuple(rules))
+
+
+def milliseconds(models: dict[str, nn.Module], some: tuple) -> dict[str, float]:
+    """Medians of a forward pass of one batch, the models in turns."""
+    samples: dict[str, list[float]] = {name: [] for name in models}
+    with torch.inference_mode():
+        for turn in range(8):
+            for name, model in models.items():
+                start = time.perf_counter()
+                model(*some)
+                if turn:  # the first one warms up
+                    samples[name].append(1e3 * (time.perf_counter() - start))
+    return {name: float(np.median(found)) for name, found in samples.items()}
+
+
+def run(name: str, task: Task, methods: list[str]) -> list[dict]:
+    """A row for the float model and three for each method and setting, printed as they come."""
+    scores, reference = task.test(task.model)
+    weights = [matrix_of(m) for p in task.parts for b in blocks_of(p.of(task.model), p.blocks).values()
+               for m in b.modules() if is_matrix(m)]  # fmt: skip
+    count = sum(w.numel() for w in weights)
+    rows = [{"model": name, "method": "", "setting": "float", "row": "", "score": scores.mean(), "bytes": 4 * count}]
+    print(f"\n{name}: {count:,} weights in blocks, {task.measure} {scores.mean():.4f}\n", flush=True)
+    print("| method | setting | | " + task.measure + " | to PTQ | cosine | terms | R² | KiB | bits | seconds | ms |")
+    print("| --- | --- | --- | --: | --: | --: | --: | --: | --: | --: | --: | --: |", flush=True)
+    for method in methods:
+        for setting, recipe in settings(task, method).items():
+            plain = LoadedRecipe(recipe)
+            found, models = {}, {"float": task.model}
+            models["PTQ"], found["PTQ"] = quantised(task, [plain] * len(task.parts))
+            corrected = LoadedRecipe(replace(recipe, correct="qwt"))
+            models["QwT"], found["QwT"] = quantised(task, [corrected] * len(task.parts))
+            share = found["QwT"]["bytes"] / found["PTQ"]["bytes"]
+            larger = []
+            for part in task.parts:
+                module = part.of(task.model)
+                plain_bytes = sum(
+                    rtn.packed(format_of(str(recipe.format)).quantize(matrix_of(m))).nbytes
+                    for block in blocks_of(module, part.blocks).values()
+                    for m in block.modules()
+                    if is_matrix(m)
+                )
+                larger.append(equal_size(module, part.blocks, recipe, int(plain_bytes * share)))
+            models["PTQ, same size"], found["PTQ, same size"] = quantised(task, larger)
+            took = milliseconds(models, task.some)
+            before = None
+            for kind, facts in found.items():
+                scores, outputs = task.test(models[kind])
+                before = scores if kind == "PTQ" else before
+                change = scores - before
+                row = {"model": name, "method": method, "setting": setting, "row": kind, "score": scores.mean(),
+                       "to_ptq": change.mean(), "to_ptq_error": change.std() / len(change) ** 0.5,
+                       "cosine": F.cosine_similarity(outputs, reference).mean().item(), **facts,
+                       "bits": 8 * facts["bytes"] / count, "ms": took[kind], "ms_float": took["float"]}  # fmt: skip
+                rows.append(row)
+                print(shown(row), flush=True)
+    return rows
+
+
+def shown(row: dict) -> str:
+    """A line of the table."""
+    has_terms = row["row"] == "QwT"
+    cells = (
+        row["method"],
+        row["setting"],
+        row["row"],
+        f"{row['score']:.4f}",
+        "" if row["row"] == "PTQ" else f"{row['to_ptq']:+.4f} ± {row['to_ptq_error']:.4f}",
+        f"{row['cosine']:.4f}",
+        f"{row['kept']} of {row['terms']}" if has_terms else "",
+        f"{row['r2']:.2f}" if has_terms else "",
+        f"{row['bytes'] / 1024:.0f}",
+        f"{row['bits']:.2f}",
+        f"{row['seconds']:.1f}",
+        f"{row['ms']:.0f}",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def divergence(wanted: Tensor, found: Tensor) -> Tensor:
+    """KL of the classes' probabilities, mean over samples, in nats."""
+    p, q = wanted.log_softmax(-1), found.log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1).mean()
+
+
+def calibration(pictures: Tensor) -> list[Tensor]:
+    torch.manual_seed(1)
+    rows = torch.randperm(len(pictures))[: (BATCHES + HELD_OUT) * SIZE]
+    return list(zoo_models.augmented(pictures[rows]).split(SIZE))
+
+
+def picture_task(name: str, models: Path) -> Task:
+    """The ViT or the ResNet. A convolution has no tokens, so its inputs have static ranges."""
+    model = zoo_models.load(name, models)
+    test_pictures, labels = zoo_models.fashion("t10k")
+
+    def test(model: nn.Module) -> tuple[np.ndarray, Tensor]:
+        with torch.inference_mode():
+            outputs = torch.cat([model(p) for p in test_pictures.split(250)])
+        return (outputs.argmax(-1) == labels).double().numpy(), outputs
+
+    parts = [Part("", "blocks", calibration(zoo_models.fashion("train")[0]), divergence)]
+    task = Task(model, parts, "accuracy", test, (test_pictures[:64],))
+    return task if name == "vit" else replace(task, inputs="int{}_tensor_asym", inputs_range="mse")
+
+
+def towers_task(models: Path) -> Task:
+    """Both towers are quantised. All prompts there are make 110 samples for the text tower, some held out."""
+    model = zoo_models.load("towers", models)
+    test_pictures, labels = zoo_models.fashion("t10k")
+    words = zoo_models.prompts(zoo_models.UNSEEN_TEMPLATE)
+
+    def test(model: nn.Module) -> tuple[np.ndarray, Tensor]:
+        with torch.inference_mode():
+            outputs = torch.cat([model(p, words) for p in test_pictures.split(250)])
+        return (outputs.argmax(-1) == labels).double().numpy(), outputs
+
+    texts = [zoo_models.prompts(template) for template in zoo_models.TEMPLATES]
+    parts = [
+        Part("image", "blocks", calibration(zoo_models.fashion("train")[0])),
+        Part("text", "blocks", texts),
+    ]
+    return Task(model, parts, "accuracy", test, (test_pictures[:64], words))
+
+
+def encoder_task(models: Path, text: Path | None, test_text: Path | None) -> Task:
+    """Texts of one length for calibration, so that no padding counts."""
+    if text is None or test_text is None:
+        raise SystemExit("the encoder is calibrated on --text and tested on --test-text; one of them is missing")
+    model, tokenize = zoo_models.minilm(models)
+    texts, _, _ = embeddings.cloze_task(text, 2000, 1, 1)
+    long = [row for t in texts for row in zip(*tokenize([t], TOKENS), strict=True) if len(row[0]) == TOKENS]
+    wanted = (BATCHES + HELD_OUT) * SIZE
+    ids, mask = (torch.stack(parts) for parts in zip(*long[:wanted], strict=True))
+    batches = list(zip(ids.split(SIZE), mask.split(SIZE), strict=True))
+    passages, queries, answers = embeddings.cloze_task(test_text, 1500, 500, 0)
+    order = sorted(range(len(passages)), key=lambda i: len(passages[i]))
+
+    def encode(model: nn.Module, texts: list[str]) -> Tensor:
+        with torch.inference_mode():
+            return torch.cat([model(*tokenize(texts[i : i + 50], TOKENS)) for i in range(0, len(texts), 50)])
+
+    def test(model: nn.Module) -> tuple[np.ndarray, Tensor]:
+        corpus = torch.empty(len(passages), 384)
+        corpus[order] = encode(model, [passages[i] for i in order])
+        found, _ = search_embeddings(encode(model, queries).numpy(), corpus.numpy(), "float32", embeddings.TOP_K)
+        return embeddings.gains(found, answers), corpus
+
+    return Task(model, [Part("", "bert.encoder.layer", batches)], "NDCG@10", test, batches[0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=["encoder", "vit", "resnet", "towers"], metavar="MODEL")
+    parser.add_argument("--methods", nargs="+", default=["rtn", "gptq"])
+    parser.add_argument("--models", type=Path, default=Path("runs/zoo"))
+    parser.add_argument("--text", type=Path, help="articles that the encoder is calibrated on")
+    parser.add_argument("--test-text", type=Path, help="articles that the encoder is tested on")
+    parser.add_argument("--json", type=Path, help="the rows in full")
+    options = parser.parse_args()
+    rows = []
+    for name in options.names:
+        if name == "encoder":
+            task = encoder_task(options.models, options.text, options.test_text)
+        else:
+            task = towers_task(options.models) if name == "towers" else picture_task(name, options.models)
+        rows += run(name, task, options.methods)
+        if options.json:
+            options.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()

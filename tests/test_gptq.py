@@ -1,0 +1,113 @@
+"""GPTQ against the paper's own algorithm, written out: one column after the other, with the inverse Hessian updated."""
+
+import numpy as np
+import pytest
+import torch
+
+from tritkit.formats import format_of
+from tritkit.layouts import LAYOUTS
+from tritkit.methods import gptq, rtn
+from tritkit.methods.recipe import GptqOptions, Plan, Recipe
+from tritkit.methods.stats import InputStats
+
+
+def inputs(tokens=512, features=64, seed=0, rank=None):
+    """Correlated inputs: only then the order of events matters."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(rank or features, features, generator=generator)
+    return torch.randn(tokens, rank or features, generator=generator) @ mix / features**0.5
+
+
+def stats_of(x):
+    stats = InputStats(x.shape[1])
+    stats.update(x)
+    return stats
+
+
+def weights(rows=24, columns=64, seed=1):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def optimal_brain_quantizer(w, hessian, format, damping):
+    """Frantar et al. 2022, equations 2 and 3 in the fixed order of section 3.2: quantise column q, move the others by
+    -(w_q - quant(w_q)) / [H^-1]_qq * (H^-1)_{:,q}, and take q out of H^-1 by one step of Gaussian elimination."""
+    w = w.double().clone()
+    h = hessian.double() + damping * hessian.double().diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
+    inverse = torch.linalg.inv(h)
+    result = torch.zeros_like(w)
+    for q in range(w.shape[1]):
+        if q % format.group == 0:
+            grid = format.fit(format.split(w[:, q : q + format.group].float()))
+        code = format.encode(w[:, q, None, None].float(), grid)
+        result[:, q] = format.decode(code, grid)[:, 0, 0].double()
+        error = (w[:, q] - result[:, q]) / inverse[q, q]
+        w -= torch.outer(error, inverse[q])
+        inverse -= torch.outer(inverse[:, q], inverse[q]) / inverse[q, q]
+    return result
+
+
+@pytest.mark.parametrize("name", ["int4_g32", "int3_g16_asym", "int2_g64", "int8_g32"])
+@pytest.mark.parametrize("columns", [16, 64])
+def test_it_is_the_algorithm_of_the_paper(name, columns):
+    format, x, w = format_of(name), inputs(), weights()
+    stats = stats_of(x)
+    q = gptq.solve(w, Plan(format, "gptq"), stats, Recipe(gptq=GptqOptions(columns=columns)))
+    wanted = optimal_brain_quantizer(w, stats.hessian / stats.tokens, format, 0.01)
+    # a value on the edge of two codes may fall either way, and moves all later columns: a few rows at most
+    rows = (q.dequantize().double() - wanted).abs().amax(1) < 1e-3
+    assert rows.float().mean() > 0.9
+
+
+FORMATS = ["int4_g32", "int4_row", "int4_tensor", "int3_g16_asym", "ternary", "binary", "nf4", "nf4_dq", "fp4_g32"]
+
+
+@pytest.mark.parametrize("name", [*FORMATS, "q4_0", "q5_1", "q4_k", "q3_k", "q2_k", "q6_k"])
+@pytest.mark.parametrize("options", [GptqOptions(), GptqOptions(act_order=True), GptqOptions(static_groups=True)])
+def test_the_output_is_nearer_than_with_rounding(name, options):
+    format, columns = format_of(name), 256 if name.endswith("_k") else 64
+    x, w = inputs(4 * columns, columns), weights(columns=columns)
+    stats = stats_of(x)
+    plan, recipe = Plan(format, "gptq"), Recipe(gptq=options)
+    ours, rounded = gptq.solve(w, plan, stats, recipe), rtn.solve(w, plan, stats, recipe)
+    errors = [float(((q.dequantize() - w) @ x.t()).square().mean()) for q in (ours, rounded)]
+    assert errors[0] < 0.9 * errors[1]
+    assert abs(stats.output_error(ours.dequantize() - w) / w.shape[0] - errors[0]) < 1e-4 * errors[0] + 1e-9
+    assert ours.codes.min() >= format.lo and ours.codes.max() <= format.hi
+    assert np.array_equal(LAYOUTS[format.layout].dequantize(rtn.packed(ours), w.shape), ours.dequantize().numpy())
+
+
+def test_without_correlation_it_is_rounding():
+    format, w = format_of("int4_g32"), weights()
+    stats = InputStats(64)
+    stats.tokens, stats.hessian = 1, torch.eye(64, dtype=torch.float64)
+    plan = Plan(format, "gptq")
+    assert torch.equal(gptq.solve(w, plan, stats, Recipe()).codes, rtn.solve(w, plan, stats, Recipe()).codes)
+
+
+def test_lazy_batches_change_nothing():
+    format, w, stats = format_of("int4_row"), weights(), stats_of(inputs())
+    found = [
+        gptq.solve(w, Plan(format, "gptq"), stats, Recipe(gptq=GptqOptions(columns=n))).dequantize() for n in (1, 7, 64)
+    ]
+    for other in found[1:]:
+        assert ((found[0] - other).abs().amax(1) < 1e-5).float().mean() > 0.9  # sums in another order
+
+
+def test_inputs_that_are_always_zero():
+    x = inputs()
+    x[:, 5] = 0
+    q = gptq.solve(weights(), Plan(format_of("int4_row"), "gptq"), stats_of(x), Recipe())
+    assert torch.isfinite(q.dequantize()).all() and (q.codes.reshape(24, 64)[:, 5] == 0).all()
+
+
+def test_a_singular_hessian_is_damped_and_said():
+    x = inputs(tokens=8, rank=4)
+    stats = stats_of(x)
+    q = gptq.solve(weights(), Plan(format_of("int4_row"), "gptq"), stats, Recipe(gptq=GptqOptions(damping=0.0)))
+    assert torch.isfinite(q.dequantize()).all()
+    assert "singular" in stats.note and "damping" in stats.note
+
+
+def test_without_calibration_it_says_so():
+    with pytest.raises(ValueError, match="gptq needs calibration data"):
+        gptq.solve(weights(), Plan(format_of("int4_row"), "gptq"), None, Recipe())

@@ -1,0 +1,129 @@
+"""Recipes: what they mean, and one clear sentence for each that means nothing."""
+
+from pathlib import Path
+
+import pytest
+
+from tritkit.methods.recipe import KEEP, Plan, plans_of, read_recipe
+
+NAMES = [f"model.layers.{i}.{n}" for i in range(3) for n in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")]
+
+
+def write(tmp_path, text):
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_format_is_a_recipe():
+    plans = plans_of(read_recipe("int4_g64"), NAMES)
+    assert {(p.format.name, p.method) for p in plans.values()} == {("int4_g64", "rtn")}
+
+
+def test_rules_override_in_their_order(tmp_path):
+    loaded = read_recipe(write(tmp_path, """
+        format = "int4_g64"
+        method = "gptq"
+        [[rule]]
+        match = "*.down_proj"
+        format = "int8_row"
+        [[rule]]
+        match = "model.layers.0.*"
+        format = "keep"
+        [[rule]]
+        match = "layers.0.mlp.down_proj"
+        format = "int2_g64"
+        method = "rtn"
+    """))  # fmt: skip
+    plans = plans_of(loaded, NAMES)
+    assert loaded.recipe.name == "mine"
+    assert plans["model.layers.1.mlp.up_proj"].format.name == "int4_g64"
+    assert plans["model.layers.1.mlp.down_proj"] == Plan(plans["model.layers.2.mlp.down_proj"].format, "gptq")
+    assert plans["model.layers.0.self_attn.q_proj"].format is None
+    assert (plans["model.layers.0.mlp.down_proj"].format.name, plans["model.layers.0.mlp.down_proj"].method) == (
+        "int2_g64", "rtn",
+    )  # fmt: skip
+
+
+def test_its_text_makes_it_again(tmp_path):
+    loaded = read_recipe(
+        write(tmp_path, 'format="int4_g64"\n[gptq]\ndamping=0.05\n[[rule]]\nmatch="*.q_proj"\nformat="keep"')
+    )
+    again = read_recipe(write(tmp_path, loaded.text()))
+    assert again == loaded and again.digest() == loaded.digest()
+
+
+def test_the_command_line_overrides_the_file(tmp_path):
+    path = write(tmp_path, 'format = "int4_g64"')
+    loaded = read_recipe(path, {"method": "gptq", "gptq.damping": "0.1", "budget.options": "int2_g64,int4_g64"})
+    assert (loaded.recipe.method, loaded.recipe.gptq.damping) == ("gptq", 0.1)
+    assert loaded.recipe.budget.options == ("int2_g64", "int4_g64")
+
+
+def test_one_range_for_all_tokens_is_static():
+    plans = plans_of(read_recipe(None, {"format": "int8_row", "inputs": "int8_tensor"}), NAMES)
+    assert {p.inputs_range for p in plans.values()} == {"absmax"}
+    plans = plans_of(read_recipe(None, {"format": "int8_row", "inputs": "int8_row"}), NAMES)
+    assert {p.inputs_range for p in plans.values()} == {None}
+
+
+def test_llm_int8():
+    plan = plans_of(read_recipe(None, {"format": "int8_row", "inputs": "int8_row+outliers"}), NAMES)[NAMES[0]]
+    assert plan.outliers and plan.input_format.name == "int8_row"
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ('format = "int4_64g"', "there is no format 'int4_64g'; did you mean 'int4_g64'?"),
+        ('format = "int4_g64"\nmethod = "gptk"', "there is no method 'gptk'; did you mean 'gptq'?"),
+        ('format = "int4_g64"\ntransform = "smoothquand"', "did you mean 'smoothquant'?"),
+        ('format = "int4_g64"\ncorrect = "qtw"', "did you mean 'qwt'?"),
+        ('format = "int4_g64"\nrange = "percentil"', "there is no range 'percentil'; did you mean 'percentile'?"),
+        ('formats = "int4_g64"', "there is no setting 'formats'; did you mean 'format'?"),
+        ('format = "int4_g64"\n[gptq]\ndampin = 0.1', "did you mean 'gptq.damping'?"),
+        ('format = "int4_g64"\n[gptq]\ndamping = -1.0', "gptq.damping is -1, expected 0 or more"),
+        ('format = "int4_g64"\n[[rule]]\nformat = "keep"', "rule 1 of the recipe has no match"),
+        ('format = "int4_g64"\n[[rule]]\nmatch = "*"\nmethode = "rtn"', "rule 1 of the recipe: there is no setting"),
+        ('format = "int4_g64"\nmix = "q4_k_m"', "leave one out"),
+        ('method = "gptq"', "the recipe names no format"),
+        ("format = ", "is not a TOML file"),
+        ("[budget]\nbits = 0.5", "budget.bits is 0.5, expected 1 to 16"),
+        ('format = "int4_g64"\nrule = 3', r"\[\[rule\]\]"),
+    ],
+)
+def test_mistakes_get_one_sentence(tmp_path, text, sentence):
+    with pytest.raises(ValueError, match=sentence.replace("?", r"\?") if "[" not in sentence else sentence) as caught:
+        read_recipe(write(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"format": "int4_g64", "method": "search"}, "the method search is for the formats of ggml, not for int4_g64"),
+        ({"format": "int4_g64", "inputs_range": "mse"}, "inputs_range is 'mse', but inputs names no format"),
+    ],
+)
+def test_settings_that_do_not_go_together(settings, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        plans_of(read_recipe(None, settings), NAMES)
+
+
+def test_a_rule_that_matches_nothing(tmp_path):
+    loaded = read_recipe(write(tmp_path, f'format = "int4_g64"\n[[rule]]\nmatch = "*.downproj"\nformat = "{KEEP}"'))
+    with pytest.raises(
+        ValueError, match=r"the rule '\*.downproj' matches none of the 9 linears; did you mean '\*.down_proj'"
+    ):
+        plans_of(loaded, NAMES)
+
+
+@pytest.mark.parametrize(("name", "near"), [("q4_k_n", "q4_k_m"), ("int44_row", "int4_row"), ("ternery", "ternary")])
+def test_an_unknown_name_offers_the_nearest(name, near):
+    with pytest.raises(ValueError, match=f"there is no recipe {name}; did you mean '{near}'"):
+        read_recipe(name)
+
+
+def test_a_missing_file():
+    with pytest.raises(ValueError, match=r"there is no settings file .*nowhere.toml"):
+        read_recipe(Path("nowhere.toml"))

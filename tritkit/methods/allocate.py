@@ -1,0 +1,189 @@
+"""Which linear gets how many bits under a budget: measure every option of every linear, optimise the total.
+
+The idea of EXL2 (FACTS 10.5) with another measure. What an option costs is what it is expected to add to the
+divergence of the whole model: a change D of a linear changes its output for token t by D x_t, and with g_t the gradient
+of log p of a token drawn from the model itself, KL is 1/2 E (g_t . D x_t)^2 to second order (the Fisher information).
+One backward pass, layer by layer, gives every g_t; each option then costs one product. The total is minimised by taking
+bits, from the cheapest options up, where they save most for each byte.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import ModelFolder, linear_names, matrix_shape
+from ..formats import Format, format_of
+from ..progress import progress
+from .blocks import matrix_of
+from .calibration import Calibration
+from .recipe import LoadedRecipe, Plan, Rule, is_ggml
+from .rtn import packed
+from .stats import InputStats
+from .stream import DecoderStream
+
+SEQUENCES, TOKENS = 8, 512  # that the sensitivity is measured on
+SEED = 0  # of the tokens that are drawn from the model
+
+
+@dataclass(frozen=True)
+class Option:
+    """A format for a linear: its size in bytes, and the divergence in nats a position that it is expected to add."""
+
+    format: str
+    bytes: int
+    cost: float
+
+
+def rules_for(model: ModelFolder, loaded: LoadedRecipe, data: Calibration) -> list[Rule]:
+    """A rule for each linear, so that all of them together stay within the recipe's budget of bits a weight."""
+    bits = loaded.recipe.budget.bits
+    assert bits is not None
+    options = measure(model, loaded, data)
+    weights = sum(rows * columns for rows, columns in (matrix_shape(model.config, name) for name in options))
+    chosen = choose(options, int(bits * weights / 8))
+    return [Rule(match=name, format=option.format) for name, option in chosen.items()]
+
+
+def choose(options: Mapping[str, list[Option]], budget: int) -> dict[str, Option]:
+    """One option for each linear with the least total cost for at most ``budget`` bytes.
+
+    Only options on the lower convex hull of (bytes, cost) are looked at; on it, buying the best saving for each byte
+    first is optimal for the budget that is used. ValueError where even the smallest options are too large.
+    """
+    hulls = {name: hull(found) for name, found in options.items()}
+    chosen = {name: points[0] for name, points in hulls.items()}
+    used = sum(option.bytes for option in chosen.values())
+    if used > budget:
+        smallest = sorted({option.format for option in chosen.values()})
+        raise ValueError(
+            f"the budget of {budget:,} bytes is less than the {used:,} of the smallest options "
+            f"({', '.join(smallest)}); give more bits, or smaller formats in budget.options"
+        )
+    queue = [(-_gain(points, 0), name, 0) for name, points in hulls.items() if len(points) > 1]
+    heapq.heapify(queue)
+    while queue:
+        _, name, at = heapq.heappop(queue)
+        points = hulls[name]
+        more = points[at + 1].bytes - points[at].bytes
+        if used + more > budget:
+            continue  # too large for what is left; a smaller step of another linear may still fit
+        used += more
+        chosen[name] = points[at + 1]
+        if at + 2 < len(points):
+            heapq.heappush(queue, (-_gain(points, at + 1), name, at + 1))
+    return chosen
+
+
+def hull(options: list[Option]) -> list[Option]:
+    """The options on the lower convex hull of (bytes, cost), from small to large."""
+    points: list[Option] = []
+    for option in sorted(options, key=lambda o: (o.bytes, o.cost)):
+        if points and option.cost >= points[-1].cost:
+            continue
+        while len(points) > 1 and _slope(points[-2], points[-1]) <= _slope(points[-2], option):
+            points.pop()
+        points.append(option)
+    return points
+
+
+def _slope(a: Option, b: Option) -> float:
+    """Saving for each byte between two options."""
+    return (a.cost - b.cost) / (b.bytes - a.bytes)
+
+
+def _gain(points: list[Option], at: int) -> float:
+    return _slope(points[at], points[at + 1])
+
+
+def measure(model: ModelFolder, loaded: LoadedRecipe, data: Calibration) -> dict[str, list[Option]]:
+    """The options of every linear of the layers, measured on the float model."""
+    stream = DecoderStream(model)
+    tokens = data.fit[:SEQUENCES, :TOKENS]
+    formats = [format_of(name) for name in loaded.recipe.budget.options]
+    layers = model.config.num_hidden_layers
+    found: dict[str, list[Option]] = {}
+    with progress(f"sensitivity of {model.path.name}", 2 * layers, "layers") as advance:
+        states = [stream.embed(tokens)]
+        with torch.no_grad():
+            for number in range(layers):
+                states.append(stream.call(stream.layer(number), 0, states[-1]))
+                advance()
+        gradient = _drawn_gradient(stream, states.pop())
+        for number in reversed(range(layers)):
+            gradient, options = _layer(model, stream, loaded, number, states.pop(), gradient, formats)
+            found |= options
+            advance()
+    return {name: found[name] for name in linear_names(model.config)}
+
+
+def _drawn_gradient(stream: DecoderStream, hidden: Tensor) -> Tensor:
+    """Gradient of the sum of log p over all positions, at the last hidden state, for tokens drawn from p."""
+    hidden = hidden.clone().requires_grad_(True)
+    generator = torch.Generator().manual_seed(SEED)
+    gradient = torch.zeros_like(hidden)
+    for piece in stream.log_probabilities(hidden):
+        drawn = torch.multinomial(piece.detach().exp(), 1, generator=generator)
+        gradient += torch.autograd.grad(piece.gather(1, drawn).sum(), hidden, retain_graph=True)[0]
+    return gradient
+
+
+def _layer(
+    model: ModelFolder,
+    stream: DecoderStream,
+    loaded: LoadedRecipe,
+    number: int,
+    x: Tensor,
+    gradient: Tensor,
+    formats: list[Format],
+) -> tuple[Tensor, dict[str, list[Option]]]:
+    """Options of one layer's linears, and the gradient at its input."""
+    at = f"model.layers.{number}."
+    layer = stream.layer(number)
+    linears = {n: layer.get_submodule(n[len(at) :]) for n in linear_names(model.config) if n.startswith(at)}
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def hook_of(name: str):
+        def hook(module: Any, args: tuple, output: Tensor) -> None:
+            output.register_hook(lambda g: seen.__setitem__(name, (args[0].detach(), g)))
+
+        return hook
+
+    handles = [module.register_forward_hook(hook_of(name)) for name, module in linears.items()]
+    x = x.clone().requires_grad_(True)
+    torch.autograd.backward(stream.call(layer, 0, x), gradient)
+    for handle in handles:
+        handle.remove()
+    found = {}
+    with torch.no_grad():
+        for name, module in linears.items():
+            inputs, outward = (t.flatten(0, -2).float() for t in seen[name])
+            stats = InputStats(inputs.shape[1])
+            stats.update(inputs)
+            found[name] = [
+                _option(name, matrix_of(module), format, loaded, stats, inputs, outward)
+                for format in formats
+                if not (format.block and inputs.shape[1] % format.block)
+            ]
+            if not found[name]:
+                raise ValueError(f"none of the formats of budget.options divides a row of {name}, {inputs.shape[1]}")
+    assert x.grad is not None
+    return x.grad, found
+
+
+def _option(
+    name: str, w: Tensor, format: Format, loaded: LoadedRecipe, stats: InputStats, inputs: Tensor, outward: Tensor
+) -> Option:
+    from . import METHODS
+
+    method = loaded.recipe.method or ("search" if is_ggml(format) else "rtn")
+    if method == "search" and not is_ggml(format):
+        method = "rtn"
+    weight = METHODS[method](w, Plan(format, method, loaded.recipe.range), stats, loaded.recipe)
+    change = ((inputs @ (weight.dequantize() - w).t()) * outward).sum(-1)  # g_t . D x_t
+    return Option(format.name, packed(weight).nbytes, 0.5 * float(change.double().square().mean()))

@@ -1,0 +1,214 @@
+"""The layers of a folder, one after the other: what ``quantizer`` runs, and what it takes up again after a stop."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..checkpoint import EMBEDDING, HEAD, ModelFolder, linear_names, matrix_shape
+from ..layouts import LAYOUTS
+from ..progress import progress
+from ..stored import InputQuantizer
+from ..tensorfile import StoredTensor, TensorFile
+from . import METHODS, rtn
+from .blocks import BlockJob, collect, install, parameter_of
+from .calibration import Calibration
+from .partial import Partial, stored
+from .qwt import Compensation
+from .recipe import LoadedRecipe, Plan
+from .record import record_of
+from .steps import Step, run_block
+from .stream import DecoderStream
+from .transforms import apply, folds, require_same, scale_of
+
+CHECKED_TOKENS = 512  # of each held-out sequence: what the divergence of the whole model is measured on
+CHUNK = 2048  # tokens of a batch of sequences
+
+
+def layout_of(plan: Plan) -> str:
+    """Where a format's codes are kept in a folder of several formats: ternary and binary ones as dense codes."""
+    assert plan.format is not None
+    return "dense" if plan.format.name in ("ternary", "binary") else plan.format.layout
+
+
+class Layerwise:
+    """The run over the layers of a folder."""
+
+    def __init__(
+        self,
+        model: ModelFolder,
+        loaded: LoadedRecipe,
+        plans: dict[str, Plan],
+        data: Calibration | None,
+        partial: Partial,
+    ):
+        self.model, self.loaded, self.plans, self.data, self.partial = model, loaded, plans, data, partial
+        self.stream = DecoderStream(model)
+        self.records: dict[str, dict[str, Any]] = {}
+        self.terms: dict[int, dict[str, Any]] = {}
+
+    def run(self) -> None:
+        config = self.model.config
+        linears = [n for n in linear_names(config) if self.plans[n].format or self.plans[n].inputs]
+        table = self._tables()
+        inputs, held, reference = self._begin(table)
+        title = f"quantize {self.model.path.name} ({self.loaded.recipe.name or 'recipe'})"
+        done = self.partial.layers_done(config.num_hidden_layers)
+        with progress(title, config.num_hidden_layers, "layers", done=done) as advance:
+            for number in range(config.num_hidden_layers):
+                if number < done:
+                    step = self._again(number, inputs, held)
+                else:
+                    step = self._layer(number, inputs, held, reference)
+                    worst = max((self.records[n].get("output_error", 0.0) for n in self.records), default=0.0)
+                    advance(1, f"largest output error {worst:.2%}" if worst else "")
+                inputs, held = step.outputs, step.held
+        assert not linears or self.records
+
+    def _tables(self) -> np.ndarray | None:
+        """Embedding and head, which read nothing that is quantised; the embedding as the layers will see it."""
+        table = None
+        for name in (EMBEDDING, HEAD):
+            plan = self.plans.get(name)
+            if plan is None or plan.format is None:
+                continue
+            record = self.partial.record(name)
+            if record is None:
+                began = time.perf_counter()
+                before = torch.from_numpy(self.model.floats(name))
+                weight = METHODS[plan.method](before, plan, None, self.loaded.recipe)
+                arrays = rtn.packed(weight, layout_of(plan)).arrays
+                after = weight.dequantize()
+                record = record_of(before, after, weight, plan, None, time.perf_counter() - began)
+                self.partial.keep(name, {f"{name}.{k}": stored(a) for k, a in arrays.items()}, {name: record})
+                record = self.partial.record(name)
+            self.records |= record or {}
+            if name == EMBEDDING and self.data is not None:
+                shape = (self.model.config.vocab_size, self.model.config.hidden_size)
+                table = LAYOUTS[layout_of(plan)].dequantize(self.partial.packed(name, name), shape)
+        return table
+
+    @torch.no_grad()
+    def _begin(self, table: np.ndarray | None) -> tuple[list, list, list]:
+        """Hidden states of the calibration and the held-out tokens in front of the first layer, and behind the last
+        one of the float model."""
+        if self.data is None:
+            return [], [], []
+        together = max(CHUNK // self.data.fit.shape[1], 1)
+        inputs = [self.stream.embed(t, table) for t in self.data.fit.split(together)]
+        short = self.data.held_out[:, :CHECKED_TOKENS]
+        held = [self.stream.embed(t, table) for t in short.split(CHUNK // short.shape[1])] if len(short) else []
+        recipe = self.loaded.recipe
+        reference = []
+        if held and recipe.correct and recipe.qwt.check:
+            reference = self.stream.finish([self.stream.embed(t) for t in short.split(CHUNK // short.shape[1])], 0)
+        return inputs, held, reference
+
+    def _layer(self, number: int, inputs: list, held: list, reference: list) -> Step:
+        at = f"model.layers.{number}."
+        layer = self.stream.layer(number)
+        linears = {n: layer.get_submodule(n[len(at) :]) for n in linear_names(self.model.config) if n.startswith(at)}
+        job = BlockJob(layer, linears, self.plans, self.loaded.recipe, self.stream.call, inputs)
+
+        def judge(states: list) -> float:
+            return self.stream.divergence(reference, self.stream.finish(states, number + 1))
+
+        changed: list[str] = []
+
+        def transform() -> None:
+            changed.extend(self._transform(job, at))
+
+        step = run_block(
+            job, held, judge if reference else None, transform if self.loaded.recipe.transform is not None else None
+        )
+        tensors: dict[str, StoredTensor] = {}
+        for name, found in job.done.items():
+            if found.weight is not None:
+                arrays = rtn.packed(found.weight, layout_of(self.plans[name])).arrays
+                tensors |= {f"{name}.{k}": stored(a) for k, a in arrays.items()}
+            if found.inputs is not None and found.inputs.scale is not None and found.inputs.zero is not None:
+                tensors[f"{name}.input_scale"] = StoredTensor("F32", found.inputs.scale.reshape(1).numpy())
+                if found.inputs.format.has_offset:
+                    tensors[f"{name}.input_zero"] = StoredTensor("F32", found.inputs.zero.reshape(1).numpy())
+        for name in changed:
+            tensors[at + name] = StoredTensor("F32", layer.get_parameter(name).numpy())
+        if step.term is not None:
+            tensors[f"{at}adapter.weight"] = StoredTensor("F16", step.term.weight.numpy())
+            tensors[f"{at}adapter.bias"] = StoredTensor("F32", step.term.bias.numpy())
+        records = {name: found.record for name, found in job.done.items()}
+        if step.report is not None:
+            records[f"{at}adapter"] = step.report
+        self.records |= records
+        self.partial.keep(str(number), tensors, records)
+        return step
+
+    def _transform(self, job: BlockJob, at: str) -> list[str]:
+        """Fold the recipe's scales into the layer; names of the parameters that are stored as floats and changed."""
+        layer, changed = job.block, []
+        before = job.call(layer, 0, job.inputs[0])
+        for fold in folds(self.model.config):
+            names = [at + reader for reader in fold.readers]
+            if any(self.plans[n].format is None and self.plans[n].inputs is None for n in names):
+                continue
+            stats = collect(job, [names])[names[0]]
+            scale = scale_of(layer, fold, stats, {r: self.plans[at + r] for r in fold.readers}, self.loaded.recipe)
+            if scale is None:
+                continue
+            apply(layer, fold, scale)
+            source = layer.get_submodule(fold.source)
+            if at + fold.source not in self.plans or self.plans[at + fold.source].format is None:
+                changed.append(f"{fold.source}.weight")
+            if getattr(source, "bias", None) is not None:
+                changed.append(f"{fold.source}.bias")
+        require_same(before, job.call(layer, 0, job.inputs[0]), at.rstrip("."))
+        return changed
+
+    @torch.no_grad()
+    def _again(self, number: int, inputs: list, held: list) -> Step:
+        """What a layer that an earlier run finished hands on."""
+        self.records |= self.partial.record(str(number)) or {}
+        if not inputs:
+            return Step([], [])
+        at, tensors = f"model.layers.{number}.", self.partial.tensors(str(number))
+        layer = self.stream.layer(number)
+        for name in (n for n in linear_names(self.model.config) if n.startswith(at)):
+            module, plan = layer.get_submodule(name[len(at) :]), self.plans[name]
+            if plan.format is not None:
+                packed = self.partial.packed(str(number), name)
+                values = LAYOUTS[layout_of(plan)].dequantize(packed, matrix_shape(self.model.config, name))
+                parameter_of(module).data = torch.from_numpy(values)
+            quantizer = self._input_quantizer(plan, name, tensors)
+            if quantizer is not None:
+                install(module, quantizer)
+        for name, parameter in layer.named_parameters():
+            if (
+                at + name in tensors
+                and tensors[at + name].dtype == "F32"
+                and parameter.shape == tensors[at + name].array.shape
+            ):
+                parameter.data = torch.from_numpy(tensors[at + name].float32())
+        found: list[list[Tensor]] = []
+        for states in (inputs, held):
+            ys = [self.stream.call(layer, i, x) for i, x in enumerate(states)]
+            if f"{at}adapter.weight" in tensors:
+                term = Compensation(
+                    torch.from_numpy(np.array(tensors[f"{at}adapter.weight"].array)),
+                    torch.from_numpy(tensors[f"{at}adapter.bias"].float32()),
+                )
+                ys = [y + term(x) for x, y in zip(states, ys, strict=True)]
+            found.append(ys)
+        return Step(found[0], found[1])
+
+    def _input_quantizer(self, plan: Plan, name: str, tensors: TensorFile) -> InputQuantizer | None:
+        format = plan.input_format
+        if format is None:
+            return None
+        if plan.inputs_range is None:
+            return InputQuantizer(format, outliers=self.loaded.recipe.outlier_threshold if plan.outliers else None)
+        scale = torch.from_numpy(tensors[f"{name}.input_scale"].float32())
+        zero = torch.from_numpy(tensors[f"{name}.input_zero"].float32()) if format.has_offset else None
+        return InputQuantizer(format, scale=scale, zero=zero)

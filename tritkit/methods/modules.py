@@ -1,0 +1,299 @@
+"""Quantise any torch module whose blocks follow each other: an encoder, a vision transformer, a ResNet, a decoder.
+
+from tritkit import quantize
+quantize(model, "int4_g64", batches)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..progress import progress
+from ..stored import StoredLinear
+from . import rtn
+from .blocks import BlockJob, Quantised, is_matrix, parameter_of
+from .recipe import LoadedRecipe, check, plans_of, read_recipe
+from .steps import run_block
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+
+
+def quantize(
+    model: nn.Module | Path | str,
+    recipe: LoadedRecipe | str | Path,
+    batches: Sequence[Any] = (),
+    *,
+    out: Path | str | None = None,
+    blocks: str | Sequence[str] | None = None,
+    distance: Distance | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Quantise a module in place, or a model folder into the folder ``out``; returns what it became.
+
+    model: a module in evaluation, or a folder, for which see ``quantize_folder`` (batches are its calibration text and
+    options its options). recipe: a loaded one, a file, or a name. batches: calibration inputs; a tensor, a tuple or a
+    dict each, given to the model as one, as arguments or as keywords. blocks: the name of the ModuleList of the blocks,
+    or the names of all blocks (none: the class of modules that holds most of the weights). distance: of two outputs of
+    the model (wanted, found), which decides over QwT's terms on the last batches (none: KL for outputs with ``logits``,
+    else the relative squared error).
+
+    The report has "per_linear" (records by name), "adapters" (QwT's terms by block), "bits_per_weight", "bytes",
+    "seconds". Linears then run in their own bits; convolutions keep float weights on the grid. ValueError as for
+    folders, and for blocks that do not follow each other.
+    """
+    loaded = recipe if isinstance(recipe, LoadedRecipe) else read_recipe(recipe)
+    if not isinstance(model, nn.Module):
+        from .quantizer import quantize_folder
+
+        if out is None:
+            raise ValueError("quantising a model folder needs a folder to write: out=")
+        return quantize_folder(model, out, loaded, batches, **options)
+    if options or out is not None:
+        unknown = next(iter(options), "out")
+        raise ValueError(f"{unknown} is an option for model folders, but this is a {type(model).__name__}")
+    return _Modules(model, loaded, batches, blocks, distance).run()
+
+
+def blocks_of(model: nn.Module, named: str | Sequence[str] | None = None) -> dict[str, nn.Module]:
+    """The blocks by name, in their order. Unnamed: of the classes with at least two instances that are no matrices
+    themselves, the one whose instances hold the most weights; of equals the outermost."""
+    modules = dict(model.named_modules())
+    if isinstance(named, str):
+        if named not in modules or not isinstance(modules[named], nn.ModuleList | nn.Sequential):
+            raise ValueError(f"{type(model).__name__} has no list of blocks named {named!r}")
+        return {f"{named}.{child}": block for child, block in modules[named].named_children()}
+    if named is not None:
+        missing = next((name for name in named if name not in modules), None)
+        if missing is not None:
+            raise ValueError(f"{type(model).__name__} has no block named {missing!r}")
+        return {name: modules[name] for name in named}
+    best: dict[str, nn.Module] = {}
+    most = 0
+    for kind in dict.fromkeys(type(m) for m in modules.values()):
+        if kind in (nn.ModuleList, nn.Sequential, nn.ModuleDict):
+            continue
+        group = {n: m for n, m in modules.items() if type(m) is kind and not is_matrix(m)}
+        weights = sum(parameter_of(m).numel() for g in group.values() for m in g.modules() if is_matrix(m))
+        nested = any(a != b and b.startswith(f"{a}.") for a in group for b in group)
+        if len(group) > 1 and not nested and weights > most:
+            best, most = group, weights
+    if not best:
+        raise ValueError(f"{type(model).__name__} has no repeated blocks with weights; name them with blocks=")
+    return best
+
+
+class _Modules:
+    """One run over the blocks of a module."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loaded: LoadedRecipe,
+        batches: Sequence[Any],
+        blocks: str | Sequence[str] | None,
+        distance: Distance | None,
+    ):
+        check(loaded)
+        recipe = loaded.recipe
+        for name in ("mix", "transform", "embedding", "head"):
+            if getattr(recipe, name) is not None:
+                raise ValueError(f"{name} is for model folders; a module takes formats, methods, inputs and correct")
+        if recipe.budget.bits is not None:
+            raise ValueError("budget.bits is for model folders; a module takes formats, methods, inputs and correct")
+        if model.training:
+            raise ValueError("the module is in training; call its eval() first")
+        self.model, self.loaded, self.recipe = model, loaded, recipe
+        self.blocks = blocks_of(model, blocks)
+        self.linears = {
+            block: {f"{block}.{n}": m for n, m in module.named_modules() if is_matrix(m)}
+            for block, module in self.blocks.items()
+        }
+        self.plans = plans_of(loaded, [name for group in self.linears.values() for name in group])
+        self._require_fit()
+        held = max(round(len(batches) * recipe.qwt.held_out), 1) if recipe.correct and len(batches) > 1 else 0
+        self.batches = list(batches)
+        self.fitted = len(self.batches) - held
+        self.distance = distance
+        self.calls: list[dict[str, tuple[tuple, dict[str, Any]]]] = []  # of each batch: what a block is called with
+
+    @torch.no_grad()
+    def run(self) -> dict[str, Any]:
+        began = time.perf_counter()
+        first = next(iter(self.blocks))
+        states, wanted = self._capture(first)
+        inputs, held = states[: self.fitted], states[self.fitted :]
+        records: dict[str, dict[str, Any]] = {}
+        adapters: dict[str, dict[str, Any]] = {}
+        done: dict[str, Quantised] = {}
+        with progress(f"quantize {type(self.model).__name__}", len(self.blocks), "blocks") as advance:
+            for name, block in self.blocks.items():
+                job = BlockJob(block, self.linears[name], self.plans, self.recipe, self._call_of(name), inputs)
+                step = run_block(job, held, self._judge_of(block, wanted) if held else None)
+                done |= job.done
+                records |= {n: q.record for n, q in job.done.items()}
+                if step.report is not None:
+                    adapters[name] = step.report
+                if step.term is not None:
+                    adapters[name]["bytes"] = self._install(block, step.term)
+                inputs, held = step.outputs, step.held
+                advance()
+        for name, found in done.items():
+            self._store(name, found)
+        weights = sum(q.weight.codes.numel() for q in done.values() if q.weight is not None)
+        size = sum(rtn.packed(q.weight).nbytes for q in done.values() if q.weight is not None)
+        added = sum(a.get("bytes", 0) for a in adapters.values())
+        return {
+            "per_linear": records,
+            "adapters": adapters,
+            "bytes": size + added,
+            "adapter_bytes": added,
+            "bits_per_weight": 8 * (size + added) / max(weights, 1),
+            "seconds": time.perf_counter() - began,
+        }
+
+    def _require_fit(self) -> None:
+        for name, plan in self.plans.items():
+            module = next(group[name] for group in self.linears.values() if name in group)
+            columns = parameter_of(module).flatten(1).shape[1]
+            if plan.format is not None and plan.format.block and columns % plan.format.block:
+                raise ValueError(
+                    f"{plan.format.name} has groups of {plan.format.block} columns, but a row of {name} has {columns}; "
+                    "choose a group size that divides them"
+                )
+
+    def _forward(self, batch: Any) -> Any:
+        if isinstance(batch, Mapping):
+            return self.model(**batch)
+        return self.model(*batch) if isinstance(batch, tuple | list) else self.model(batch)
+
+    def _capture(self, first: str) -> tuple[list[Tensor], list[Tensor]]:
+        """What the first block reads of each batch, and the float model's outputs for the held-out ones. Remembers
+        with what else each block is called."""
+        states: list[Tensor] = []
+        wanted: list[Tensor] = []
+        for number, batch in enumerate(self.batches):
+            watch = _Watch(self.blocks)
+            try:
+                output = self._forward(batch)
+            finally:
+                watch.end()
+            states.append(watch.inputs[first])
+            self.calls.append(watch.calls)
+            if number >= self.fitted:
+                wanted.append(_result(output))
+        return states, wanted
+
+    def _call_of(self, name: str):
+        def call(block: nn.Module, number: int, x: Tensor) -> Tensor:
+            args, kwargs = self.calls[number][name]
+            return _tensor(block(x, *args, **kwargs))
+
+        return call
+
+    def _judge_of(self, block: nn.Module, wanted: list[Tensor]):
+        """The distance of the whole model's outputs, were these the block's outputs."""
+
+        def judge(states: list[Tensor]) -> float:
+            total = 0.0
+            for i, (state, reference) in enumerate(zip(states, wanted, strict=True)):
+                replace = block.register_forward_hook(lambda m, args, output, state=state: _with(output, state))
+                try:
+                    output = self._forward(self.batches[self.fitted + i])
+                finally:
+                    replace.remove()
+                measure = self.distance or (_divergence if hasattr(output, "logits") else _squared_error)
+                total += float(measure(reference, _result(output)))
+            return total / max(len(states), 1)
+
+        return judge
+
+    def _install(self, block: nn.Module, term: Any) -> int:
+        """The compensation as a part of the block; its size in bytes."""
+        adapter = term.module()
+        block.add_module("adapter", adapter)
+        block.register_forward_hook(_compensate)
+        return sum(p.numel() * p.element_size() for p in (*adapter.parameters(), *adapter.buffers()))
+
+    def _store(self, name: str, found: Quantised) -> None:
+        """A linear in its own bits in place of the float one, without the hook that rounds its inputs."""
+        module = self.model.get_submodule(name)
+        if not isinstance(module, nn.Linear) or found.weight is None:
+            return
+        parent, _, child = name.rpartition(".")
+        bias = None if module.bias is None else module.bias.detach()
+        arrays = rtn.packed(found.weight).arrays
+        shape = (module.out_features, module.in_features)
+        stored = StoredLinear(found.weight.format.layout, arrays, shape, bias, found.inputs)
+        setattr(self.model.get_submodule(parent), child, stored)
+
+
+class _Watch:
+    """Looks on while the model runs once. inputs: of each block; calls: its other arguments."""
+
+    def __init__(self, blocks: Mapping[str, nn.Module]):
+        self.inputs: dict[str, Tensor] = {}
+        self.calls: dict[str, tuple[tuple, dict[str, Any]]] = {}
+        self.before: Tensor | None = None
+        self.handles: list[Any] = []
+        for name, block in blocks.items():
+            self.handles.append(block.register_forward_pre_hook(partial(self._enter, name), with_kwargs=True))
+            self.handles.append(block.register_forward_hook(self._leave))
+
+    def _enter(self, name: str, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not args:
+            raise ValueError(f"{name} is called by keywords alone; its input has to be the first argument")
+        if name in self.calls:
+            raise ValueError(f"{name} is called twice, so the blocks are not in sequence")
+        follows = self.before is None or (self.before.shape == args[0].shape and torch.equal(self.before, args[0]))
+        if not follows:
+            raise ValueError(f"{name} does not read what the block before it makes: these blocks are not in sequence")
+        if not self.inputs:
+            self.inputs[name] = args[0].detach()
+        self.calls[name] = args[1:], kwargs
+
+    def _leave(self, block: nn.Module, args: tuple, output: Any) -> None:
+        self.before = _tensor(output).detach()
+
+    def end(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def _compensate(block: nn.Module, args: tuple, output: Any) -> Any:
+    adapter = block.get_submodule("adapter")
+    return _with(output, _tensor(output) + adapter(args[0]))
+
+
+def _tensor(output: Any) -> Tensor:
+    """The hidden state of what a block returns."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _with(output: Any, state: Tensor) -> Any:
+    return state if isinstance(output, Tensor) else (state, *output[1:])
+
+
+def _result(output: Any) -> Tensor:
+    """What a model's output is judged by: logits, or the first tensor."""
+    if hasattr(output, "logits"):
+        return output.logits
+    if isinstance(output, Mapping):
+        return next(v for v in output.values() if isinstance(v, Tensor))
+    return _tensor(output)
+
+
+def _divergence(wanted: Tensor, found: Tensor) -> Tensor:
+    """KL(wanted || found) of two tensors of logits, mean over all but the last dimension, in nats."""
+    p, q = wanted.double().log_softmax(-1), found.double().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1).mean()
+
+
+def _squared_error(wanted: Tensor, found: Tensor) -> Tensor:
+    return (wanted - found).double().square().sum() / wanted.double().square().sum().clamp(min=1e-30)

@@ -1,0 +1,88 @@
+"""What a run of ``quantize`` has finished so far, in a folder beside the one that it writes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import __version__
+from ..checkpoint import EMBEDDING, EXTRAS, HEAD, ModelFolder
+from ..files import atomic_open
+from ..jsonfile import read_object
+from ..layouts import Packed
+from ..tensorfile import StoredTensor, TensorFile, write_tensors
+from .calibration import Calibration
+from .recipe import LoadedRecipe
+
+WORDS = {
+    "uint8": "U8",
+    "int8": "I8",
+    "int16": "I16",
+    "int32": "I32",
+    "int64": "I64",
+    "float16": "F16",
+    "float32": "F32",
+}
+
+
+def stored(array: np.ndarray) -> StoredTensor:
+    """An array as a safetensors file names its dtype."""
+    return StoredTensor(WORDS[array.dtype.name], array)
+
+
+class Partial:
+    """One part for each layer ("0", "1", ...), and for the embedding and head. A part is there when its .json is."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    @classmethod
+    def begin(cls, out: Path, model: ModelFolder, loaded: LoadedRecipe, data: Calibration | None) -> Partial:
+        """The place for that work: what an earlier run of the very same left there, or a new one."""
+        folder = out.absolute().with_name(f".{out.name}.partial")
+        files = [model.path] if model.path.is_file() else sorted(model.path.glob("*.safetensors"))
+        facts = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+        job = [facts, loaded.text(), None if data is None else data.digest(), __version__]
+        digest = hashlib.sha256(json.dumps(job).encode()).hexdigest()
+        if not (folder / "job.json").is_file() or read_object(folder / "job.json").get("digest") != digest:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            with atomic_open(folder / "job.json") as file:
+                json.dump({"digest": digest}, file)
+        return cls(folder)
+
+    def keep(self, part: str, tensors: dict[str, StoredTensor], records: dict[str, Any]) -> None:
+        write_tensors(self.folder / f"{part}.safetensors", tensors, {})
+        with atomic_open(self.folder / f"{part}.json") as file:
+            json.dump(records, file)
+
+    def record(self, part: str) -> dict[str, Any] | None:
+        """The records of a part; None where it is not there."""
+        path = self.folder / f"{part}.json"
+        return read_object(path) if path.is_file() else None
+
+    def tensors(self, part: str) -> TensorFile:
+        return TensorFile(self.folder / f"{part}.safetensors")
+
+    def packed(self, part: str, name: str) -> Packed:
+        """The arrays of a matrix that a part holds."""
+        tensors = self.tensors(part)
+        suffixes = [s for s in ("weight", *EXTRAS) if f"{name}.{s}" in tensors]
+        return Packed({s: tensors[f"{name}.{s}"].array for s in suffixes})
+
+    def layers_done(self, layers: int) -> int:
+        return next((i for i in range(layers) if self.record(str(i)) is None), layers)
+
+    def parts(self) -> list[str]:
+        """In the order in which a file of the model would have them."""
+        numbers = sorted(int(p.stem) for p in self.folder.glob("*.json") if p.stem.isdigit())
+        tables = [name for name in (EMBEDDING, HEAD) if self.record(name) is not None]
+        return [*tables, *map(str, numbers)]
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)

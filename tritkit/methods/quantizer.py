@@ -1,0 +1,224 @@
+"""``tritkit quantize``: a float model folder and a recipe to a folder of quantised matrices.
+
+Layer by layer, each on what the quantised layers before it hand on, so that memory holds one layer in float32 and the
+activations of the calibration tokens, never a model. What a layer became is written as soon as it is done: a run that
+was stopped goes on at the layer it was in.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import results
+from ..checkpoint import (
+    EMBEDDING,
+    HEAD,
+    ModelFolder,
+    copy_companions,
+    linear_names,
+    matrix_names,
+    open_folder,
+    write_folder,
+)
+from ..files import atomic_open
+from ..folderfacts import describe
+from ..layouts import LAYOUTS
+from ..newfolder import beside, require_new
+from ..sources import open_model
+from ..tensorfile import StoredTensor
+from . import NEED_INPUTS
+from .calibration import read_calibration
+from .layerwise import Layerwise, layout_of
+from .partial import Partial
+from .recipe import KEEP, LoadedRecipe, Plan, check, plan_of, plans_of, read_recipe
+
+
+def quantize_folder(
+    source: Path | str,
+    out: Path | str,
+    recipe: LoadedRecipe | str | Path,
+    calibration: Sequence[str] = (),
+    *,
+    sequences: int = 32,
+    length: int = 2048,
+    text_field: str = "text",
+    overwrite: bool = False,
+    measure_inputs: bool = True,
+) -> dict[str, Any]:
+    """Write the quantised form of the model ``source`` into the folder ``out`` and return its metrics.
+
+    recipe: a loaded one, a file, or a name. calibration: files, folders or globs of text, of which ``sequences``
+    sequences of ``length`` tokens are taken; methods that need none use them to record what quantising does to the
+    outputs, unless ``measure_inputs`` is False. ValueError for anything that cannot be, and then nothing is written.
+    """
+    began = time.perf_counter()
+    loaded = recipe if isinstance(recipe, LoadedRecipe) else read_recipe(recipe)
+    check(loaded)
+    out = Path(out)
+    model = open_model(source)
+    require_new(out, overwrite, model.path)
+    if model.config.weights is not None:
+        raise ValueError(
+            f"{source} is a {model.config.weights} model already; `tritkit pack` rounds its weights as they were "
+            "trained"
+        )
+    plans = all_plans(model, loaded, bool(calibration))
+    needs = next((n for n, p in plans.items() if needs_inputs(p, loaded)), None)
+    if needs and not calibration:
+        raise ValueError(f"{what_needs(plans[needs], loaded)} needs calibration data; give text with --calibration")
+    data = None
+    if calibration and (needs or measure_inputs or loaded.recipe.budget.bits is not None):
+        held = max(round(sequences * loaded.recipe.qwt.held_out), 1) if loaded.recipe.correct else 0
+        data = read_calibration(
+            model.tokenizer(), calibration, sequences, length, held, model.config.max_position_embeddings, text_field
+        )
+    if loaded.recipe.budget.bits is not None:
+        from .allocate import rules_for
+
+        assert data is not None
+        loaded = replace(loaded, recipe=loaded.recipe).with_rules(rules_for(model, loaded, data))
+        plans = all_plans(model, loaded, True)
+    require_fit(model, plans)
+    quantizer = Layerwise(model, loaded, plans, data, Partial.begin(out, model, loaded, data))
+    quantizer.run()
+    metrics = _write(model, out, loaded, plans, quantizer, calibration, began)
+    quantizer.partial.remove()
+    return metrics
+
+
+def all_plans(model: ModelFolder, loaded: LoadedRecipe, has_calibration: bool) -> dict[str, Plan]:
+    """The plan of each matrix that changes: linears, embedding, head."""
+    recipe, linears = loaded.recipe, linear_names(model.config)
+    if recipe.mix is not None:
+        from .mixes import mix_types
+
+        types = mix_types(model.config, recipe.mix, has_calibration and recipe.importance)
+        empty: dict[str, str | None] = {"method": recipe.method, "range": None, "inputs": None, "inputs_range": None}
+        floats = ("f32", "f16", "bf16")
+        found = {n: plan_of({**empty, "format": KEEP if t in floats else t}) for n, t in types.items()}
+        if loaded.rules:
+            overridden = plans_of(loaded, linears)
+            found |= {n: p for n, p in overridden.items() if p.format is not None}
+        return found
+    found = plans_of(loaded, linears)
+    for name, format in ((EMBEDDING, recipe.embedding), (HEAD, recipe.head)):
+        if format is not None and format != KEEP:
+            if name not in matrix_names(model.config):
+                raise ValueError(f"the recipe has a format for the head, but {model.path} has none of its own: it is "
+                                 "the embedding")  # fmt: skip
+            found[name] = plan_of(
+                {"format": format, "method": None, "range": None, "inputs": None, "inputs_range": None}
+            )
+    return found
+
+
+def needs_inputs(plan: Plan, loaded: LoadedRecipe) -> bool:
+    return (plan.method in NEED_INPUTS and plan.format is not None) or bool(
+        plan.inputs_range or loaded.recipe.correct or loaded.recipe.transform or loaded.recipe.budget.bits is not None
+    )
+
+
+def what_needs(plan: Plan, loaded: LoadedRecipe) -> str:
+    recipe = loaded.recipe
+    if plan.method in NEED_INPUTS and plan.format is not None:
+        return f"the method {plan.method}"
+    if recipe.correct or recipe.transform:
+        return str(recipe.correct or recipe.transform)
+    return "a static range of inputs" if plan.inputs_range else "a budget of bits"
+
+
+def require_fit(model: ModelFolder, plans: dict[str, Plan]) -> None:
+    """ValueError, before any work, for a format whose groups do not divide a row, or that no layout holds."""
+    from ..checkpoint import matrix_shape
+
+    for name, plan in plans.items():
+        for format in (plan.format, plan.input_format):
+            if format is None:
+                continue
+            columns = matrix_shape(model.config, name)[1]
+            size = format.block or (format.group if isinstance(format.group, int) else 0)
+            if size and columns % size:
+                raise ValueError(
+                    f"{format.name} has groups of {size} columns, but a row of {name} has {columns}; "
+                    f"choose a group size that divides {columns}"
+                )
+        if plan.format is not None and layout_of(plan) not in LAYOUTS:
+            raise ValueError(f"{name}: no layout holds weights in {plan.format.name}")
+
+
+def _write(
+    model: ModelFolder,
+    out: Path,
+    loaded: LoadedRecipe,
+    plans: dict[str, Plan],
+    quantizer: Layerwise,
+    calibration: Sequence[str],
+    began: float,
+) -> dict[str, Any]:
+    """The finished folder, written beside and moved; returns its metrics, which results.json has too."""
+    coded = {name: layout_of(plan) for name, plan in plans.items() if plan.format is not None}
+    layouts = {name: layout for name, layout in model.layouts.items() if name not in coded} | coded
+    tensors: dict[str, StoredTensor] = {
+        key: model.tensors[key] for key in model.tensors if key.rpartition(".")[0] not in coded or key.endswith(".bias")
+    }
+    for part in quantizer.partial.parts():
+        tensors |= dict(quantizer.partial.tensors(part).items())
+    extra: dict[str, Any] = {}
+    inputs = {
+        name: plan.inputs.removesuffix("+outliers") if False else plan.inputs
+        for name, plan in plans.items()
+        if plan.inputs
+    }
+    adapters = [i for i in range(model.config.num_hidden_layers) if f"model.layers.{i}.adapter.weight" in tensors]
+    if inputs:
+        extra["inputs"] = inputs
+    if adapters:
+        extra["adapters"] = tuple(adapters)
+    if any(plan.outliers for plan in plans.values()):
+        extra["outlier_threshold"] = loaded.recipe.outlier_threshold
+    with beside(out) as folder:
+        write_folder(folder, model.config, tensors, model.tokenizer(), layouts, **extra)
+        if model.container == "folder":
+            copy_companions(model.path, folder)
+        with atomic_open(folder / "tritkit.toml") as file:
+            file.write(f"# parent: {model.path}\n{loaded.text()}")
+        written = open_folder(folder)
+        for name in coded:
+            for suffix, array in written.packed(name).arrays.items():
+                if not np.array_equal(tensors[f"{name}.{suffix}"].array, array):
+                    raise OSError(f"{folder} does not hold what was written to it: {name}.{suffix} differs")
+        written.tokenizer()
+    written = open_folder(out)
+    metrics = describe(written)
+    types: dict[str, int] = {}
+    for name in matrix_names(model.config):
+        plan = plans.get(name)
+        kind = plan.format.name if plan and plan.format else layouts.get(name, "floats")
+        types[kind] = types.get(kind, 0) + 1
+    metrics |= {
+        "weights": "+".join(
+            sorted({p.format.name for n, p in plans.items() if p.format and n not in (EMBEDDING, HEAD)})
+        ),
+        "recipe": loaded.recipe.name,
+        "recipe_digest": loaded.digest(),
+        "types": ", ".join(f"{count} {kind}" for kind, count in sorted(types.items(), key=lambda t: -t[1])),
+        "adapters": len(adapters),
+        "quantize_seconds": time.perf_counter() - began,
+        "exact": loaded.recipe.exact,
+    }
+    data = quantizer.data
+    settings = {
+        "parent": str(model.path),
+        "recipe": loaded.text(),
+        "calibration": list(calibration),
+        "calibration_sequences": 0 if data is None else len(data.fit),
+        "calibration_length": 0 if data is None else data.fit.shape[1],
+    }
+    results.record(out, "quantize", settings, metrics, quantizer.records, begins=True)
+    return metrics

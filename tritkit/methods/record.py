@@ -1,0 +1,93 @@
+"""What quantising did to a linear, in numbers that a report can draw: under 20 kB each, in results.json."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..formats import QTensor
+from .recipe import Plan
+from .stats import BINS, OUTLIER, InputStats, decibels
+
+TOP_CHANNELS = 32
+
+
+def record_of(
+    before: Tensor, after: Tensor, weight: QTensor | None, plan: Plan, stats: InputStats | None, seconds: float
+) -> dict[str, Any]:
+    """before, after: float32 [out, in], the weights and what the codes stand for. Errors of outputs are relative to
+    the outputs' own size: |D x|^2 / |W x|^2, mean over calibration tokens."""
+    difference = after - before
+    signal, noise = float(before.double().square().mean()), float(difference.double().square().mean())
+    found: dict[str, Any] = {
+        "format": plan.format.name if plan.format else None,
+        "method": plan.method if plan.format else None,
+        "inputs": plan.inputs,
+        "bits": bits_of(weight),
+        "mse": noise,
+        "snr_db": decibels(signal, noise),
+        "seconds": round(seconds, 4),
+        "histograms": {"before": histogram(before), "after": histogram(after), "error": histogram(difference)},
+    }
+    if stats is None or not stats.tokens:
+        return found
+    output = stats.output_error(before)
+    about = stats.once("record", lambda: inputs_record(stats))
+    found |= {"output_error": stats.output_error(difference) / output if output else 0.0, **about["facts"]}
+    found["histograms"]["inputs"] = about["histogram"]
+    if stats.note:
+        found["note"] = stats.note
+    return found
+
+
+def inputs_record(stats: InputStats) -> dict[str, Any]:
+    """What is to be said of the inputs alone."""
+    rows = stats.rows()
+    largest = torch.topk(stats.largest, min(TOP_CHANNELS, stats.features))
+    facts = {
+        "outliers": stats.outliers / (stats.tokens * stats.features),
+        "outlier_threshold": OUTLIER,
+        "calibration_tokens": stats.tokens,
+        "top_channels": [[int(c), _short(v)] for v, c in zip(*largest, strict=True)],
+        "ranges": ranges_of(rows),
+    }
+    return {"facts": facts, "histogram": histogram(rows)}
+
+
+def bits_of(weight: QTensor | None) -> float | None:
+    """Bits a weight, scales included, as the format's layout stores it."""
+    if weight is None:
+        return None
+    from .rtn import packed
+
+    return 8 * packed(weight).nbytes / weight.codes.numel()
+
+
+def histogram(values: Tensor) -> dict[str, Any]:
+    """BINS equal bins from the smallest to the largest value: {"low", "high", "counts"}."""
+    if not values.numel():
+        return {"low": 0.0, "high": 0.0, "counts": [0] * BINS}
+    flat = values.detach().float().flatten()
+    low, high = (float(v) for v in torch.aminmax(flat))
+    counts = (
+        torch.histc(flat, BINS, low, high) if high > low else torch.tensor([float(flat.numel())] + [0.0] * (BINS - 1))
+    )
+    return {"low": _short(low), "high": _short(high), "counts": [int(c) for c in counts]}
+
+
+def ranges_of(rows: Tensor) -> dict[str, list[float]]:
+    """The range of the inputs that each method would choose for int8 codes of the whole tensor: {method: [lo, hi]}."""
+    from ..formats import integer
+    from .ranges import RangeObserver
+
+    methods = ("absmax", "percentile", "mse", "entropy")
+    observer = RangeObserver(integer(8, "tensor"), methods)
+    observer.update(rows)
+    return {name: [_short(low), _short(high)] for name, (low, high) in observer.ranges().items()}
+
+
+def _short(value: Any) -> float:
+    """Six digits say enough in a picture."""
+    return float(f"{float(value):.6g}")

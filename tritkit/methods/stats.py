@@ -1,0 +1,82 @@
+"""What calibration tells of the inputs of a linear: their second moments, sizes, outliers and histogram."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+OUTLIER = 6.0  # LLM.int8()'s threshold (FACTS 10.1)
+BINS = 64
+SAMPLE = 1024  # rows of each batch that histograms look at
+
+
+@dataclass
+class InputStats:
+    """Sums over the tokens that a linear has read. hessian: float64 [in, in], the sum of x x^T (GPTQ's H is twice its
+    mean); absolute: sum of |x|; largest: of |x|; each float64 or float32 [in]."""
+
+    features: int
+    tokens: int = 0
+    hessian: Tensor = field(init=False)
+    absolute: Tensor = field(init=False)
+    largest: Tensor = field(init=False)
+    outliers: int = 0  # inputs of at least OUTLIER
+    sample: list[Tensor] = field(default_factory=list)  # rows, for histograms
+    note: str = ""  # what a method has to say of them
+    derived: dict[Any, Any] = field(default_factory=dict)  # what was computed of them, once for all that read them
+
+    def __post_init__(self) -> None:
+        self.hessian = torch.zeros(self.features, self.features, dtype=torch.float64)
+        self.absolute = torch.zeros(self.features, dtype=torch.float64)
+        self.largest = torch.zeros(self.features)
+
+    def update(self, x: Tensor) -> None:
+        """Count the rows of x, float32 [..., in]."""
+        rows = x.detach().reshape(-1, self.features).float()
+        if not torch.isfinite(rows).all():
+            raise ValueError("the model's activations on the calibration data are not finite")
+        size = rows.abs()
+        self.tokens += len(rows)
+        self.hessian += (rows.t() @ rows).double().cpu()
+        self.absolute += size.sum(0).double().cpu()
+        self.largest = torch.maximum(self.largest, size.amax(0).cpu())
+        self.outliers += int((size >= OUTLIER).sum())
+        step = max(len(rows) // SAMPLE, 1)
+        if sum(len(s) for s in self.sample) < 8 * SAMPLE:
+            self.sample.append(rows[::step][:SAMPLE].half().cpu())
+
+    @property
+    def second_moment(self) -> Tensor:
+        """Mean of x^2 of each input, float32 [in]: the importance matrix of llama.cpp."""
+        return (self.hessian.diagonal() / max(self.tokens, 1)).float()
+
+    def mean_absolute(self) -> Tensor:
+        """Mean of |x| of each input, float32 [in]."""
+        return (self.absolute / max(self.tokens, 1)).float()
+
+    def rows(self) -> Tensor:
+        """A sample of the inputs, float32 [n, in]."""
+        return torch.cat(self.sample).float() if self.sample else torch.zeros(0, self.features)
+
+    def once(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """What ``compute`` returns, computed by the first linear that asks: linears of a stage share their inputs."""
+        if key not in self.derived:
+            self.derived[key] = compute()
+        return self.derived[key]
+
+    def output_error(self, difference: Tensor) -> float:
+        """Mean over tokens of |difference . x|^2, difference float32 [out, in]: trace(D H D^T) / tokens."""
+        d = difference.double()
+        return max(float(((d @ self.hessian) * d).sum()), 0.0) / max(self.tokens, 1)
+
+
+def decibels(signal: float, noise: float) -> float | None:
+    """10 log10(signal / noise); None where there is no noise or no signal."""
+    return 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else None

@@ -1,0 +1,320 @@
+"""The rows of a sweep, one after the other: quantise, measure, append. A stopped sweep goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import results
+from ..checkpoint import ModelFolder
+from ..engine.load import Model
+from ..engine.native import usable_cores
+from ..evals.divergence import Reference, keep_logits, kept_logits, logits_of, measure
+from ..evals.perplexity import facts, score, summary
+from ..files import atomic_open
+from ..folderfacts import describe
+from ..jsonfile import read_object
+from ..methods.calibration import read_calibration
+from ..methods.quantizer import all_plans, needs_inputs, quantize_folder, what_needs
+from ..methods.recipe import LoadedRecipe
+from ..models.config import ModelConfig
+from ..progress import console
+from ..sources import open_model
+from ..speed import peer
+from ..speed.bench import measure as bench
+from ..speed.measure import Work
+from .estimate import Estimate, Probe, said
+from .settings import DIVERGENCE, Settings
+
+SCHEMA = 1
+PARENT = "parent"  # in place of the digest of a recipe: the model itself
+
+
+def sweep(
+    settings: Settings,
+    recipes: Sequence[LoadedRecipe],
+    out: Path | str,
+    threads: int = 0,
+    keep: bool = False,
+    exact: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Measure the model and every recipe of it; returns what ``out`` holds: settings, machine, rows.
+
+    Rows that ``out`` has of these recipes are not made again; failed ones are. keep: leave the quantised folders in
+    OUT.work, beside OUT. exact: names of recipes whose grid is the one that the model lies on already. ValueError for
+    what cannot be right for any row, before anything runs; what goes wrong with one row stands in that row.
+    """
+    out = Path(out)
+    book = Book.open(out, settings)
+    _require_names(recipes, exact)
+    model = open_model(settings.model)
+    _require_calibration(model, settings, recipes)
+    if settings.peer is not None:
+        peer.require(settings.peer, model.config, itself=True)
+    wanted = [None, *recipes]
+    for loaded in recipes:
+        book.mark(loaded, _is_exact(loaded, exact))
+    todo = [loaded for loaded in wanted if not book.has(loaded)]
+    if todo:
+        _Sweep(settings, model, book, threads, keep, exact).run(todo, len(wanted))
+    return book.tree
+
+
+def _is_exact(loaded: LoadedRecipe | None, exact: Sequence[str]) -> bool:
+    return loaded is not None and (loaded.recipe.exact or loaded.recipe.name in exact)
+
+
+def _require_names(recipes: Sequence[LoadedRecipe], exact: Sequence[str]) -> None:
+    names = [loaded.recipe.name for loaded in recipes]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two recipes are named {name!r}; rename one")
+    for name in exact:
+        if name not in names:
+            raise ValueError(f"--exact {name} is none of the recipes: {', '.join(names)}")
+
+
+def _require_calibration(model: ModelFolder, settings: Settings, recipes: Sequence[LoadedRecipe]) -> None:
+    """ValueError where a method needs a calibration text, and there is none or it is too short."""
+    for loaded in recipes:
+        try:
+            plans = all_plans(model, loaded, bool(settings.calibration))
+        except ValueError:  # a recipe that does not fit this model: its row will say so
+            continue
+        needs = next((plan for plan in plans.values() if needs_inputs(plan, loaded)), None)
+        if needs is not None and not settings.calibration:
+            raise ValueError(f"{loaded.recipe.name}: {what_needs(needs, loaded)} needs calibration data; give text "
+                             "with --calibration")  # fmt: skip
+    if settings.calibration:
+        longest = model.config.max_position_embeddings
+        words = model.tokenizer()
+        read_calibration(words, settings.calibration, 1, settings.length, 0, longest, settings.text_field)
+
+
+class Book:
+    """The file of a sweep: {"schema", "settings", "machine", "rows"}, written anew after each row."""
+
+    def __init__(self, path: Path, tree: dict[str, Any]):
+        self.path, self.tree = path, tree
+
+    @classmethod
+    def open(cls, path: Path, settings: Settings) -> Book:
+        if path.suffix != ".json":
+            raise ValueError(f"--out is {path}, expected a name that ends in .json")
+        if not path.absolute().parent.is_dir():
+            raise ValueError(f"there is no folder {path.absolute().parent} to write {path.name} into")
+        if not path.exists():
+            machine = results.machine()
+            return cls(path, {"schema": SCHEMA, "settings": settings.tree(), "machine": machine, "rows": []})
+        tree = read_object(path)
+        rows = tree.get("rows")
+        if tree.get("schema") != SCHEMA or not isinstance(rows, list) or not isinstance(tree.get("settings"), dict):
+            raise ValueError(f"{path} is no file of a sweep; give another --out")
+        if not all(isinstance(r, dict) and {"name", "digest", "metrics", "error"} <= set(r) for r in rows):
+            raise ValueError(f"{path} has rows that are none of a sweep; give another --out")
+        settings.require_same(tree["settings"], path)
+        return cls(path, tree)
+
+    def row(self, loaded: LoadedRecipe | None) -> dict[str, Any] | None:
+        digest = PARENT if loaded is None else loaded.digest()
+        return next((row for row in self.tree["rows"] if row["digest"] == digest), None)
+
+    def has(self, loaded: LoadedRecipe | None) -> bool:
+        """Whether it is there and did not fail."""
+        row = self.row(loaded)
+        return row is not None and row["error"] is None
+
+    def mark(self, loaded: LoadedRecipe, exact: bool) -> None:
+        """What a row that is there says of being exact may change from call to call."""
+        row = self.row(loaded)
+        if row is not None and row["exact"] != exact:
+            row["exact"] = exact
+            self.save()
+
+    def add(self, row: dict[str, Any]) -> None:
+        """At the end, or in the place of a row of the same recipe."""
+        rows = self.tree["rows"]
+        rows[:] = [other for other in rows if other["digest"] != row["digest"]] + [row]
+        self.save()
+
+    def save(self) -> None:
+        with atomic_open(self.path) as file:
+            json.dump(self.tree, file, indent=1)
+            file.write("\n")
+
+
+class _Sweep:
+    def __init__(
+        self, settings: Settings, model: ModelFolder, book: Book, threads: int, keep: bool, exact: Sequence[str]
+    ):
+        self.settings, self.model, self.book, self.threads, self.keep = settings, model, book, threads, keep
+        self.exact = exact
+        self.work = book.path.with_suffix(".work")
+
+    def run(self, todo: list[LoadedRecipe | None], total: int) -> None:
+        s = self.settings
+        parent = s.open(s.model, self.threads)
+        self.texts = s.texts(parent)
+        estimate = self._estimate(parent)
+        tokens = sum(len(w.tokens) for text in self.texts.values() for w in text.windows)
+        _tell(
+            f"sweep: {len(todo)} of {total} rows to do, about {said(estimate.left(todo))} "
+            f"({tokens:,} tokens to read a row, {s.sequences if s.calibration else 0} x {s.length} to calibrate on)"
+        )
+        self.work.mkdir(exist_ok=True)
+        self.reference = self._reference(parent) if "divergence" in s.suites else None
+        _close(parent)
+        for number, loaded in enumerate(todo, total - len(todo) + 1):
+            began = time.perf_counter()
+            row = self._row(loaded)
+            seconds = time.perf_counter() - began
+            self.book.add({**row, "seconds": seconds, "time": datetime.now(UTC).isoformat(timespec="seconds")})
+            if row["error"] is None:
+                estimate.learn(loaded, seconds)
+            rest = todo[todo.index(loaded) + 1 :]
+            left = f"; about {said(estimate.left(rest))} left" if rest else ""
+            _tell(f"{number}/{total} {row['name']}: {_news(row)}, {said(seconds)}{left}")
+        if not self.keep:
+            shutil.rmtree(self.work, ignore_errors=True)
+        else:
+            for file in self.work.glob("*.logits"):
+                file.unlink()
+
+    def _estimate(self, parent: Model) -> Estimate:
+        s, probe = self.settings, Probe.measure(parent, self.texts)
+        tokens = sum(len(w.tokens) for text in self.texts.values() for w in text.windows)
+        evaluation = tokens * probe.token + 20.0 * ("speed" in s.suites)
+        return Estimate(self.model, probe, evaluation, s.sequences * s.length if s.calibration else 0)
+
+    def _reference(self, parent: Model) -> Reference:
+        """The parent's logits: kept in a file where the disk has room, else computed for every row again."""
+        text, vocab_size = self.texts[DIVERGENCE], parent.engine.vocab_size
+        size = 4 * vocab_size * sum(int((window.targets >= 0).sum()) for window in text.windows)
+        job = hashlib.sha256(json.dumps([self.settings.tree(), self.model.file_bytes(), vocab_size]).encode())
+        for window in text.windows:
+            job.update(window.tokens.tobytes())
+        path = self.work / f"{job.hexdigest()[:16]}.logits"
+        if not path.exists():
+            if shutil.disk_usage(self.work).free < 2 * size:
+                again = self.settings.open(self.settings.model, self.threads)
+                return lambda i: logits_of(again.engine, text.windows[i])
+            keep_logits(parent.engine, text, path)
+        return kept_logits(path, text, vocab_size)
+
+    def _row(self, loaded: LoadedRecipe | None) -> dict[str, Any]:
+        name = self.model.path.name if loaded is None else loaded.recipe.name
+        row: dict[str, Any] = {
+            "name": name,
+            "digest": PARENT if loaded is None else loaded.digest(),
+            "recipe": None if loaded is None else loaded.text(),
+            "exact": _is_exact(loaded, self.exact),
+            "metrics": {},
+            "error": None,
+        }
+        folder = self.work / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)}-{row['digest'][:8]}"
+        try:
+            made = self._parent() if loaded is None else self._quantised(loaded, folder)
+            row["metrics"] = made | self._measured(Path(self.settings.model) if loaded is None else folder)
+        except Exception as error:  # one recipe must not end a night's work, whatever is wrong with it
+            text = " ".join(str(error).split())
+            row["error"] = text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
+        if not self.keep:
+            shutil.rmtree(folder, ignore_errors=True)
+        return row
+
+    def _parent(self) -> dict[str, Any]:
+        return describe(self.model)
+
+    def _quantised(self, loaded: LoadedRecipe, folder: Path) -> dict[str, Any]:
+        """The folder, made now or by a sweep that was stopped after it; its metrics."""
+        s = self.settings
+        made = next((run for run in results.read(folder) if run["verb"] == "quantize"), None)
+        if made is not None and made["metrics"].get("recipe_digest") == loaded.digest():
+            return made["metrics"]
+        plans = all_plans(self.model, loaded, bool(s.calibration)).values()
+        weighs = loaded.recipe.importance and any(plan.method == "search" for plan in plans)
+        return quantize_folder(
+            s.model,
+            folder,
+            loaded,
+            s.calibration if weighs or any(needs_inputs(plan, loaded) for plan in plans) else (),
+            sequences=s.sequences,
+            length=s.length,
+            text_field=s.text_field,
+            overwrite=True,
+        )
+
+    def _measured(self, folder: Path) -> dict[str, Any]:
+        s = self.settings
+        metrics: dict[str, Any] = {}
+        model = s.open(folder, self.threads)
+        engine = model.engine.name
+        if self.reference is not None:  # the model's perplexity by this protocol comes out on the way
+            metrics |= measure(model, self.texts[DIVERGENCE], self.reference)
+        for protocol, text in self.texts.items():
+            if f"{text.name}_perplexity" not in metrics:
+                losses = score(model.engine, text.windows, f"perplexity ({protocol}) {folder.name}")
+                metrics |= {**summary(text, *losses), **facts(model.engine)}
+        if s.peer is not None and DIVERGENCE in self.texts:
+            metrics |= self._peer(model.folder)
+        config = model.folder.config
+        _close(model)
+        del model
+        if "speed" in s.suites:
+            asked = {"kv_bits": s.kv_bits, "head": s.head} if engine == "native" else {}
+            rate, sd = decode_rate(folder, config, engine, self.threads, asked)
+            metrics |= {f"{engine}_decode_rate": rate, f"{engine}_decode_rate_sd": sd}
+        return metrics
+
+    def _peer(self, model: ModelFolder) -> dict[str, Any]:
+        """llama.cpp's perplexity of the same weights; nothing where a GGUF file cannot hold them."""
+        text, cores = self.texts[DIVERGENCE], self.threads or usable_cores()
+        try:
+            with peer.model_gguf(model) as (path, _):
+                nll = peer.losses(path, [(w.tokens, w.targets) for w in text.windows], cores)
+        except ValueError as error:
+            return {"peer_refusal": " ".join(str(error).split())}
+        found = summary(text, nll, np.ones(len(nll)))
+        return {"peer_perplexity": found[f"{text.name}_perplexity"],
+                "peer_perplexity_error": found[f"{text.name}_perplexity_error"]}  # fmt: skip
+
+
+def decode_rate(
+    folder: Path, config: ModelConfig, engine: str, threads: int, asked: dict[str, Any]
+) -> tuple[float, float]:
+    """Tokens a second that one sequence decodes, as bench measures them, and their standard deviation."""
+    room = config.max_position_embeddings
+    work = Work(prompt=min(16, room), tokens=min(64, room))
+    given = {name: value for name, value in asked.items() if value is not None}
+    (row,), _ = bench(str(folder), folder, config, work, engine=engine, threads=threads, repeat=3, asked=given)
+    return row["decode_tok_s"], row["decode_sd"]
+
+
+def _close(model: Model) -> None:
+    """The native engine has threads and memory of its own."""
+    close = getattr(model.engine, "close", None)
+    if close is not None:
+        close()
+
+
+def _news(row: dict[str, Any]) -> str:
+    """A row in some words."""
+    if row["error"] is not None:
+        return f"failed: {row['error']}"
+    metrics, names = row["metrics"], {"llama_cpp_perplexity": "perplexity", "gptq_perplexity": "perplexity (gptq)"}
+    names |= {"divergence_kl": "KL"}
+    found = [f"{said} {metrics[name]:.4g}" for name, said in names.items() if name in metrics]
+    return ", ".join(found) or "done"
+
+
+def _tell(line: str) -> None:
+    console().print(line, soft_wrap=True)

@@ -1,0 +1,155 @@
+"""The table of a sweep: on the screen, and in Markdown for documents. Reads the rows alone; imports no torch."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..files import atomic_open
+
+BEGIN, END = "<!-- sweep -->", "<!-- /sweep -->"  # between these a document has the table
+Row = dict[str, Any]
+
+
+def _with_error(name: str, digits: int, of: float = 1.0) -> Callable[[Row], str]:
+    def write(row: Row) -> str:
+        value, error = row["metrics"].get(name), row["metrics"].get(f"{name}_error")
+        if value is None:
+            return ""
+        return f"{of * value:.{digits}f}" + ("" if error is None else f" ± {of * error:.{digits}f}")
+
+    return write
+
+
+def _number(name: str, write: Callable[[Any], str]) -> Callable[[Row], str]:
+    return lambda row: "" if row["metrics"].get(name) is None else write(row["metrics"][name])
+
+
+def _formats(row: Row) -> str:
+    """The types that its matrices really have; what its activations become."""
+    recipe = tomllib.loads(row["recipe"]) if row["recipe"] else {}
+    found = row["metrics"].get("types") or row["metrics"].get("layout", "")
+    if recipe.get("inputs"):
+        found += f"; inputs {recipe['inputs']}" + (f" by {recipe['inputs_range']}" * bool(recipe.get("inputs_range")))
+    return found
+
+
+def _method(row: Row) -> str:
+    recipe = tomllib.loads(row["recipe"]) if row["recipe"] else {}
+    return " + ".join(recipe[key] for key in ("transform", "method", "correct") if recipe.get(key))
+
+
+def _rate(row: Row) -> str:
+    metrics = row["metrics"]
+    found = [f"{metrics[f'{e}_decode_rate']:.0f}" + " (torch)" * (e == "torch") for e in ("native", "torch")
+             if f"{e}_decode_rate" in metrics]  # fmt: skip
+    return ", ".join(found)
+
+
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "recipe": lambda row: row["name"] + " †" * bool(row["exact"]),
+    "matrices": _formats,
+    "method": _method,
+    "bits per weight": _number("bits_per_weight", lambda v: f"{v:.2f}"),
+    "MB": _number("file_bytes", lambda v: f"{v / 1e6:.1f}"),
+    "perplexity, llama.cpp's protocol": _with_error("llama_cpp_perplexity", 3),
+    "llama.cpp itself": _number("peer_perplexity", lambda v: f"{v:.3f}"),
+    "perplexity, gptq's protocol": _with_error("gptq_perplexity", 3),
+    "KL to the parent, nats": _with_error("divergence_kl", 4),
+    "same top token, %": _with_error("divergence_top1", 2, 100),
+    "quantise, s": _number("quantize_seconds", lambda v: f"{v:.0f}"),
+    "decode, tokens/s": _rate,
+}
+
+
+def columns_of(rows: Sequence[Row]) -> list[str]:
+    """Those that at least one row has something for."""
+    return [name for name, write in COLUMNS.items() if any(write(row) for row in rows)]
+
+
+def notes(tree: dict[str, Any]) -> list[str]:
+    """What the numbers say nothing without, a sentence each."""
+    rows, settings = tree["rows"], tree["settings"]
+    known = [row["metrics"] for row in rows if row["error"] is None]
+    found = []
+    for name, protocol in (("llama_cpp", "llama.cpp"), ("gptq", "gptq")):
+        m = next((m for m in known if f"{name}_tokens" in m), None)
+        if m is not None:
+            found.append(f"{protocol}: {m[f'{name}_tokens']:,} predictions in windows of {m[f'{name}_context']} of "
+                         f"{m[f'{name}_text']}.")  # fmt: skip
+    if settings["calibration"]:
+        names = ", ".join(Path(source).name for source in settings["calibration"])
+        found.append(
+            f"Calibration, where a method has one: {settings['sequences']} x {settings['length']} tokens of {names}."
+        )
+    engines = {m["eval_engine"] for m in known if "eval_engine" in m}
+    if engines:
+        torch = [r["name"] for r in rows if r["metrics"].get("eval_engine") == "torch"]
+        others = f"; torch for {', '.join(torch)}, which the native one refuses" if len(engines) > 1 else ""
+        found.append(f"Run by the {'native' if 'native' in engines else 'torch'} engine{others}.")
+    if any(row["exact"] for row in rows):
+        found.append("† is exact by construction: the parent's weights lie on this very grid already.")
+    machine = tree["machine"]
+    found.append(f"Machine: {machine['cpu']}, {machine['cores']} cores.")
+    return found
+
+
+def print_sweep(tree: dict[str, Any]) -> None:
+    rows = tree["rows"]
+    screen = Console()
+    screen = screen if screen.is_terminal else Console(width=200)
+    names = columns_of(rows)
+    table = Table()
+    for name in names:
+        table.add_column(name, justify="left" if name in ("recipe", "matrices", "method") else "right", overflow="fold")
+    for row in rows:
+        if row["error"] is None:
+            table.add_row(*(COLUMNS[name](row) for name in names))
+    screen.print(table)
+    for row in rows:
+        if row["error"] is not None:
+            screen.print(f"{row['name']} failed: {row['error']}", soft_wrap=True, highlight=False, markup=False)
+    for note in notes(tree):
+        screen.print(note, soft_wrap=True, highlight=False, markup=False)
+
+
+def markdown(tree: dict[str, Any]) -> str:
+    rows = tree["rows"]
+    names = columns_of(rows)
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+
+    text = line(names) + line(["---" if n in ("recipe", "matrices", "method") else "---:" for n in names])
+    text += "".join(line([COLUMNS[name](row) for name in names]) for row in rows if row["error"] is None)
+    failed = [f"{row['name']} failed: {row['error']}" for row in rows if row["error"] is not None]
+    return text + "\n" + "".join(f"* {note}\n" for note in [*failed, *notes(tree)])
+
+
+def require_place(path: Path) -> None:
+    """ValueError unless ``path`` is free, or a document with a place for the table."""
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"there is no folder {path.absolute().parent} to write {path.name} into")
+    if path.exists():
+        _parts(path)
+
+
+def write_markdown(tree: dict[str, Any], path: Path) -> None:
+    """The table into its place in a document, or into a new file."""
+    before, after = _parts(path) if path.exists() else ("", "")
+    with atomic_open(path) as file:
+        file.write(f"{before}{BEGIN}\n{markdown(tree)}{END}{after or chr(10)}")
+
+
+def _parts(path: Path) -> tuple[str, str]:
+    text = path.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{path} has no place for the table: a line {BEGIN} and a line {END} mark it")
+    return before, after
