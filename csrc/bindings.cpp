@@ -139,6 +139,18 @@ std::shared_ptr<Linear> new_linear(Runner& runner, const std::string& layout, co
                        runner.arena, runner.kernels);
 }
 
+InputGrid new_grid(int lo, int hi, int group, bool asymmetric, float scale, float zero, float peak) {
+    const InputGrid grid{lo, hi, group, asymmetric, scale, zero, peak};
+    grid.require_valid();
+    return grid;
+}
+
+void round_inputs(Linear& linear, const InputGrid& grid, const std::optional<Array>& row_sums) {
+    auto* grouped = dynamic_cast<GroupedLinear*>(&linear);
+    if (!grouped) throw nb::value_error("only inputs of codes in groups or blocks can be rounded to a grid");
+    grouped->round_inputs(grid, row_sums ? checked<float>(*row_sums, "row_sums", {linear.rows()}) : nullptr);
+}
+
 template <class Matrix>
 void require_shape(const Matrix& linear, const char* name, int rows, int columns) {
     if (linear.rows() != rows || linear.columns() != columns)
@@ -169,7 +181,7 @@ std::shared_ptr<Head> quantized_head(Runner& runner, std::shared_ptr<RowTable> r
 
 std::shared_ptr<RowTable> new_row_table(const std::string& layout, const Array& data, int rows, int columns,
                                         float scale, bool drop_pages) {
-    return std::make_shared<RowTable>(stored(layout, data, rows, columns, drop_pages), scale);
+    return std::make_shared<StoredRows>(stored(layout, data, rows, columns, drop_pages), scale);
 }
 
 nb::object row_of(const RowTable& table, int r) {
@@ -205,13 +217,16 @@ const void* checked_floats(const Array& a, const char* name, std::initializer_li
 /// The arrays stay the caller's.
 GroupArrays group_arrays(const Array& codes, int bits, int group, const Array& scales, const OptionalArray& d,
                          const OptionalArray& zeros, const OptionalArray& offsets, const OptionalArray& mins,
-                         const OptionalArray& dmin, const OptionalArray& table) {
+                         const OptionalArray& dmin, const OptionalArray& table, int columns, int field_bits) {
     GroupArrays s{};
     s.codes = checked<uint8_t>(codes, "codes", 2);
     s.rows = static_cast<int>(codes.shape(0));
-    s.columns = static_cast<int>(codes.shape(1));
+    s.columns = columns ? columns : static_cast<int>(codes.shape(1));
     s.bits = bits;
+    s.field_bits = field_bits;
     s.group = group;
+    if (field_bits < 1 || field_bits > 8) throw nb::value_error("field_bits must be 1 to 8");
+    checked<uint8_t>(codes, "codes", {s.rows, s.row_bytes()});
     if (s.rows < 1 || s.columns < 1 || group < 1) throw nb::value_error("rows, columns and group must be positive");
     if ((zeros ? 1 : 0) + (offsets ? 1 : 0) + (mins ? 1 : 0) > 1)
         throw nb::value_error("only one of zeros, offsets and mins may be given");
@@ -246,8 +261,9 @@ GroupArrays group_arrays(const Array& codes, int bits, int group, const Array& s
 
 int64_t grouped_bytes(const Array& codes, int bits, int group, const Array& scales, const OptionalArray& d,
                       const OptionalArray& zeros, const OptionalArray& offsets, const OptionalArray& mins,
-                      const OptionalArray& dmin, const OptionalArray& table) {
-    const ArraySource source(group_arrays(codes, bits, group, scales, d, zeros, offsets, mins, dmin, table));
+                      const OptionalArray& dmin, const OptionalArray& table, int columns, int field_bits) {
+    const ArraySource source(
+        group_arrays(codes, bits, group, scales, d, zeros, offsets, mins, dmin, table, columns, field_bits));
     return GroupedLinear::needed_bytes(source.rows(), source.layout());
 }
 
@@ -255,17 +271,37 @@ std::shared_ptr<GroupedLinear> new_grouped(Runner& runner, const Array& codes, i
                                            const OptionalArray& d, const OptionalArray& zeros,
                                            const OptionalArray& offsets, const OptionalArray& mins,
                                            const OptionalArray& dmin, const OptionalArray& table, float scale,
-                                           const OptionalArray& bias) {
-    const ArraySource source(group_arrays(codes, bits, group, scales, d, zeros, offsets, mins, dmin, table));
+                                           const OptionalArray& bias, int columns, int field_bits) {
+    const ArraySource source(
+        group_arrays(codes, bits, group, scales, d, zeros, offsets, mins, dmin, table, columns, field_bits));
     const float* bias_data = bias ? checked<float>(*bias, "bias", {source.rows()}) : nullptr;
     nb::gil_scoped_release release;
     return std::make_shared<GroupedLinear>(source, scale, bias_data, runner.pool, runner.arena, runner.kernels);
 }
 
-LinearPtr linear_of(const nb::dict& layer, const char* name, int rows, int columns) {
+std::shared_ptr<RowTable> new_group_rows(const Array& codes, int bits, int group, const Array& scales,
+                                         const OptionalArray& zeros, const OptionalArray& table, float scale,
+                                         int columns, int field_bits) {
+    const OptionalArray none;
+    const GroupArrays arrays =
+        group_arrays(codes, bits, group, scales, none, zeros, none, none, none, table, columns, field_bits);
+    std::vector<Bytes> owners{bytes_of(codes), bytes_of(scales)};
+    for (const OptionalArray& array : {zeros, table})
+        if (array) owners.push_back(bytes_of(*array));
+    return std::make_shared<GroupRows>(arrays, std::move(owners), scale);
+}
+
+std::shared_ptr<Linear> linear_of(const nb::dict& layer, const char* name, int rows, int columns) {
     auto linear = nb::cast<std::shared_ptr<Linear>>(layer[name]);
     require_shape(*linear, name, rows, columns);
     return linear;
+}
+
+LinearPtr adapter_of(const nb::dict& layer, int hidden) {
+    if (layer["adapter"].is_none()) return nullptr;
+    auto adapter = linear_of(layer, "adapter", hidden, hidden);
+    if (adapter->activations() != ActivationFormat::kFloat) throw nb::value_error("an adapter must have floats");
+    return adapter;
 }
 
 Norm norm_of(const nb::dict& layer, const char* name, int size) {
@@ -274,12 +310,18 @@ Norm norm_of(const nb::dict& layer, const char* name, int size) {
 
 Layer layer_of(const nb::dict& d, const DecoderShape& s) {
     const int q = s.heads.heads * s.heads.head_dim, kv = s.heads.kv_heads * s.heads.head_dim;
-    return {linear_of(d, "q", q, s.hidden_size),
-            linear_of(d, "k", kv, s.hidden_size),
-            linear_of(d, "v", kv, s.hidden_size),
+    const auto q_proj = linear_of(d, "q", q, s.hidden_size), k_proj = linear_of(d, "k", kv, s.hidden_size),
+               v_proj = linear_of(d, "v", kv, s.hidden_size),
+               gate = linear_of(d, "gate", s.intermediate_size, s.hidden_size),
+               up = linear_of(d, "up", s.intermediate_size, s.hidden_size);
+    share_places({q_proj.get(), k_proj.get(), v_proj.get()});
+    share_places({gate.get(), up.get()});
+    return {q_proj,
+            k_proj,
+            v_proj,
             linear_of(d, "o", s.hidden_size, q),
-            linear_of(d, "gate", s.intermediate_size, s.hidden_size),
-            linear_of(d, "up", s.intermediate_size, s.hidden_size),
+            gate,
+            up,
             linear_of(d, "down", s.hidden_size, s.intermediate_size),
             norm_of(d, "input_norm", s.hidden_size),
             norm_of(d, "post_attention_norm", s.hidden_size),
@@ -290,7 +332,8 @@ Layer layer_of(const nb::dict& d, const DecoderShape& s) {
             {norm_of(d, "q_own_norm", s.hidden_size), norm_of(d, "k_own_norm", s.hidden_size),
              norm_of(d, "v_own_norm", s.hidden_size), norm_of(d, "o_own_norm", q),
              norm_of(d, "gate_own_norm", s.hidden_size), norm_of(d, "up_own_norm", s.hidden_size),
-             norm_of(d, "down_own_norm", s.intermediate_size)}};
+             norm_of(d, "down_own_norm", s.intermediate_size)},
+            adapter_of(d, s.hidden_size)};
 }
 
 Rotary rotary_of(const Array& frequencies, int head_dim, float factor) {
@@ -424,10 +467,10 @@ nb::object apply(Runner& runner, const Linear& linear, const Array& x) {
     const int tokens = static_cast<int>(x.ndim() ? x.shape(0) : 0);
     const float* from = checked<float>(x, "x", {tokens, linear.columns()});
     Activations input(tokens, linear.columns());
-    input.reserve(linear.activations());
+    input.reserve(linear);
     for (int t = 0; t < tokens; ++t) {
         std::copy_n(from + static_cast<ptrdiff_t>(t) * linear.columns(), linear.columns(), input.row(t));
-        input.quantize(t, runner.kernels);
+        input.quantize(t, runner.kernels, {&linear});
     }
     float* out = nullptr;
     nb::object array = new_array(out, {static_cast<size_t>(tokens), static_cast<size_t>(linear.rows())});
@@ -485,7 +528,7 @@ std::pair<nb::object, nb::object> quantize(const Array& x, const std::string& fo
                scale_array = grouped ? new_array(scales, {x.shape(0), strips}) : new_array(scales, {x.shape(0)});
     for (int t = 0; t < tokens && activations != ActivationFormat::kFloat; ++t) {
         std::copy_n(from + static_cast<ptrdiff_t>(t) * columns, columns, input.row(t));
-        input.quantize(t, kernels_for(isa));
+        input.quantize(t, kernels_for(isa), {});
         int8_t* to = codes + static_cast<ptrdiff_t>(t) * columns;
         if (!grouped) {
             std::copy_n(input.codes(activations).codes.data() + t * input.code_stride(), columns, to);
@@ -501,6 +544,29 @@ std::pair<nb::object, nb::object> quantize(const Array& x, const std::string& fo
     return {code_array, scale_array};
 }
 
+/// Codes [tokens, columns], with the centre taken away, scales [tokens, strips of 32] and shifts [tokens].
+nb::object quantize_on_grid(const Array& x, const InputGrid& grid) {
+    const float* from = checked<float>(x, "x", 2);
+    const int tokens = static_cast<int>(x.shape(0)), columns = static_cast<int>(x.shape(1));
+    const int strips = (columns + kStripColumns - 1) / kStripColumns;
+    int8_t* codes = nullptr;
+    float *scales = nullptr, *shifts = nullptr;
+    const nb::object results[] = {new_array(codes, {x.shape(0), x.shape(1)}),
+                                  new_array(scales, {x.shape(0), static_cast<size_t>(strips)}),
+                                  new_array(shifts, {x.shape(0)})};
+    AlignedArray<ActivationStrip> row(static_cast<size_t>(strips));
+    for (int t = 0; t < tokens; ++t) {
+        shifts[t] = quantize_inputs(grid, from + static_cast<ptrdiff_t>(t) * columns, columns, row.data());
+        for (int i = 0; i < strips; ++i) {
+            const int begin = i * kStripColumns;
+            std::copy_n(row.data()[i].codes, std::min(columns - begin, kStripColumns),
+                        codes + static_cast<ptrdiff_t>(t) * columns + begin);
+            scales[t * strips + i] = row.data()[i].scale;
+        }
+    }
+    return nb::make_tuple(results[0], results[1], results[2]);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -514,6 +580,7 @@ NB_MODULE(_native, m) {
     m.def("integer_product", &integer_product, "layout"_a, "data"_a, "rows"_a, "cols"_a, "x"_a, "isa"_a = "",
           "Exact int32 [tokens, rows] product of packed weights and int8 x [tokens, cols].");
     m.def("quantize", &quantize, "x"_a, "activations"_a, "isa"_a = "", "int8 codes and float32 scales of each row.");
+    m.def("quantize_on_grid", &quantize_on_grid, "x"_a, "grid"_a, "int8 codes, scales of 32 columns, shifts of rows.");
     m.def("apply", &apply, "runner"_a, "linear"_a, "x"_a, "linear(x) for float32 x [tokens, columns].");
 
     m.def("attention", &attention, "q"_a, "k"_a, "v"_a, "inverse_frequencies"_a, "kv_bits"_a, "threads"_a = 0,
@@ -539,22 +606,31 @@ NB_MODULE(_native, m) {
         "runner"_a, "linears"_a, "tokens"_a, "passes"_a, Release(),
         "Seconds of one product, for each pass over linears of one shape.");
 
+    nb::class_<InputGrid>(m, "InputGrid", "What the inputs of a linear are rounded to: csrc/input_grid.h.")
+        .def(nb::new_(&new_grid), "lo"_a, "hi"_a, "group"_a = 0, "asymmetric"_a = false, "scale"_a = 0.0f,
+             "zero"_a = 0.0f, "peak"_a = 0.0f);
+
     nb::class_<Linear>(m, "Linear", "One matrix in its run-time layout.")
         .def(nb::new_(&new_linear), "runner"_a, "layout"_a, "data"_a, "rows"_a, "cols"_a, "scale"_a,
              "activations"_a.none(), "bias"_a.none(), "mapped"_a = false, "skip"_a = "nothing")
+        .def("round_inputs", &round_inputs, "grid"_a, "row_sums"_a.none() = nb::none(),
+             "Rounds what it is given to this grid; row_sums: float32 [rows], with asymmetric grids.")
         .def_prop_ro("bytes", &Linear::bytes)
         .def_prop_ro("layout", &Linear::layout);
 
     nb::class_<GroupedLinear, Linear>(m, "GroupedLinear", "Codes of 2 to 8 bits with scales for groups of columns.")
         .def(nb::new_(&new_grouped), "runner"_a, "codes"_a, "bits"_a, "group"_a, "scales"_a, "d"_a = nb::none(),
              "zeros"_a = nb::none(), "offsets"_a = nb::none(), "mins"_a = nb::none(), "dmin"_a = nb::none(),
-             "table"_a = nb::none(), "scale"_a = 1.0f, "bias"_a = nb::none());
+             "table"_a = nb::none(), "scale"_a = 1.0f, "bias"_a = nb::none(), "cols"_a = 0, "field_bits"_a = 8);
     m.def("grouped_bytes", &grouped_bytes, "codes"_a, "bits"_a, "group"_a, "scales"_a, "d"_a = nb::none(),
           "zeros"_a = nb::none(), "offsets"_a = nb::none(), "mins"_a = nb::none(), "dmin"_a = nb::none(),
-          "table"_a = nb::none(), "Bytes that a GroupedLinear would allocate at most.");
+          "table"_a = nb::none(), "cols"_a = 0, "field_bits"_a = 8,
+          "Bytes that a GroupedLinear would allocate at most.");
 
-    nb::class_<RowTable>(m, "RowTable", "Rows of floats or of blocks, looked up where they lie.")
+    nb::class_<RowTable>(m, "RowTable", "Rows of floats, blocks or codes, looked up where they lie.")
         .def(nb::new_(&new_row_table), "layout"_a, "data"_a, "rows"_a, "cols"_a, "scale"_a, "drop_pages"_a = false)
+        .def_static("grouped", &new_group_rows, "codes"_a, "bits"_a, "group"_a, "scales"_a, "zeros"_a = nb::none(),
+                    "table"_a = nb::none(), "scale"_a = 1.0f, "cols"_a = 0, "field_bits"_a = 8)
         .def("row", &row_of, "r"_a, "float32 [columns].");
 
     nb::class_<Head>(m, "Head", "The output head.")

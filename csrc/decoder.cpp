@@ -57,21 +57,23 @@ struct Decoder::Workspace {
         for (const Layer& layer : d.layers_) {
             auto reserve = [&](const LinearPtr& linear, const Norm& own_norm, Activations& own) {
                 if (!own_norm.empty() && own.columns() == 0) own = Activations(capacity, d.shape_.hidden_size);
-                (own_norm.empty() ? normed : own).reserve(linear->activations());
+                (own_norm.empty() ? normed : own).reserve(*linear);
             };
             reserve(layer.q, layer.own.q, own_normed[0]);
             reserve(layer.k, layer.own.k, own_normed[1]);
             reserve(layer.v, layer.own.v, own_normed[2]);
             reserve(layer.gate, layer.own.gate, own_normed[0]);
             reserve(layer.up, layer.own.up, own_normed[1]);
-            attended.reserve(layer.o->activations());
-            gated.reserve(layer.down->activations());
+            attended.reserve(*layer.o);
+            gated.reserve(*layer.down);
+            if (layer.adapter && entry.columns() == 0) entry = Activations(capacity, d.shape_.hidden_size);
         }
         d.head_->reserve(final_normed);
         for (Linear::Scratch& s : scratch) {
             for (const Layer& layer : d.layers_)
-                for (const LinearPtr& linear : {layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down})
-                    linear->reserve(capacity, d.runner_->pool.size(), s);
+                for (const LinearPtr& linear :
+                     {layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down, layer.adapter})
+                    if (linear) linear->reserve(capacity, d.runner_->pool.size(), s);
             d.head_->reserve(std::min(capacity, kHeadTokens), d.runner_->pool.size(), s);
         }
     }
@@ -85,6 +87,7 @@ struct Decoder::Workspace {
     AlignedArray<float> hidden;  // the residual stream
     AlignedArray<float> q, k, v, up, logits;
     Activations normed, attended, gated, final_normed;
+    Activations entry;                     // what a layer with an adapter was given
     Activations own_normed[3];             // for q or gate, k or up, and v, where they have norms of their own
     std::vector<Linear::Scratch> scratch;  // per thread
     Head::Scratch screening;
@@ -173,6 +176,7 @@ double Decoder::bytes_per_token() const {
              {&layer.input_norm, &layer.post_attention_norm, &layer.attn_sub_norm, &layer.ffn_sub_norm, &layer.q_norm,
               &layer.k_norm, &own.q, &own.k, &own.v, &own.o, &own.gate, &own.up, &own.down})
             bytes += n->size() * sizeof(float);
+        if (layer.adapter) bytes += layer.adapter->bytes();
     }
     return static_cast<double>(bytes) + ffn_bytes_per_token();
 }
@@ -263,8 +267,11 @@ void Decoder::run_layer(Team& team, int index, int n, Workspace& w) {
     };
 
     for (int t = mine.begin; t < mine.end; ++t) {
-        norm(w.hidden.data() + t * hidden, layer.input_norm, w.normed.row(t));
-        quantize_inputs(t, {&layer.own.q, &layer.own.k, &layer.own.v}, w);
+        const float* x = w.hidden.data() + t * hidden;
+        if (layer.adapter) std::copy(x, x + hidden, w.entry.row(t));
+        norm(x, layer.input_norm, w.normed.row(t));
+        quantize_inputs(
+            t, {{&layer.own.q, layer.q.get()}, {&layer.own.k, layer.k.get()}, {&layer.own.v, layer.v.get()}}, w);
     }
     team.barrier();
     apply(layer.q, w.input(layer.own.q, 0), w.q.data(), Linear::Write::kStore);
@@ -279,7 +286,7 @@ void Decoder::run_layer(Team& team, int index, int n, Workspace& w) {
     team.barrier();
     for (int t = mine.begin; t < mine.end; ++t) {
         norm_in_place(w.attended.row(t), layer.attn_sub_norm, layer.own.o);
-        w.attended.quantize(t, kernels);
+        w.attended.quantize(t, kernels, {layer.o.get()});
     }
     team.barrier();
     apply(layer.o, w.attended, w.hidden.data(), Linear::Write::kAdd);
@@ -287,10 +294,14 @@ void Decoder::run_layer(Team& team, int index, int n, Workspace& w) {
 
     for (int t = mine.begin; t < mine.end; ++t) {
         norm(w.hidden.data() + t * hidden, layer.post_attention_norm, w.normed.row(t));
-        quantize_inputs(t, {&layer.own.gate, &layer.own.up}, w);
+        quantize_inputs(t, {{&layer.own.gate, layer.gate.get()}, {&layer.own.up, layer.up.get()}}, w);
     }
     team.barrier();
     run_ffn(team, index, n, w);
+    if (layer.adapter) {
+        apply(layer.adapter, w.entry, w.hidden.data(), Linear::Write::kAdd);
+        team.barrier();
+    }
 }
 
 void Decoder::run_ffn(Team& team, int index, int n, Workspace& w) {
@@ -318,7 +329,7 @@ void Decoder::run_ffn(Team& team, int index, int n, Workspace& w) {
     team.barrier();
     for (int t = mine.begin; t < mine.end; ++t) {
         norm_in_place(w.gated.row(t), layer.ffn_sub_norm, layer.own.down);
-        w.gated.quantize(t, kernels);
+        w.gated.quantize(t, kernels, {layer.down.get()});
     }
     team.barrier();
     deal_out(team, *layer.down, w.gated, n, w.hidden.data(), Linear::Write::kAdd, scratch);
@@ -337,17 +348,21 @@ void Decoder::norm_in_place(float* x, const Norm& sub_norm, const Norm& own_norm
 }
 
 /// Codes of a token's normed input, and of the same behind the norm of each linear that has one.
-void Decoder::quantize_inputs(int token, std::initializer_list<const Norm*> own_norms, Workspace& w) const {
+void Decoder::quantize_inputs(int token, std::initializer_list<Reader> readers, Workspace& w) const {
     const Kernels& kernels = runner_->kernels;
-    w.normed.quantize(token, kernels);
+    const Linear* shared[kMostReaders] = {};
     int place = 0;
-    for (const Norm* own : own_norms) {
+    for (const Reader& reader : readers) {
         const Activations& x = w.own_normed[place++];
-        if (own->empty()) continue;
-        kernels.vectors->rms_norm(w.normed.row(token), own->data(), static_cast<int>(own->size()),
-                                  shape_.linear_norm_eps, x.row(token));
-        x.quantize(token, kernels);
+        if (reader.own_norm->empty()) {
+            shared[place - 1] = reader.linear;
+            continue;
+        }
+        kernels.vectors->rms_norm(w.normed.row(token), reader.own_norm->data(),
+                                  static_cast<int>(reader.own_norm->size()), shape_.linear_norm_eps, x.row(token));
+        x.quantize(token, kernels, {reader.linear});
     }
+    w.normed.quantize(token, kernels, {shared[0], shared[1], shared[2]});
 }
 
 float Decoder::negative_log_likelihood(const float* logits, int target) const {
@@ -368,7 +383,7 @@ void Decoder::run_head(Team& team, const std::vector<Output>& outputs, Workspace
         for (int i = mine.begin; i < mine.end; ++i) {
             norm(w.hidden.data() + static_cast<ptrdiff_t>(part[i].token) * shape_.hidden_size, final_norm_,
                  w.final_normed.row(i));
-            w.final_normed.quantize(i, runner_->kernels);
+            w.final_normed.quantize(i, runner_->kernels, {});
         }
         team.barrier();
         head_->run(team, w.final_normed, n, all_exact, w.logits.data(), vocab,

@@ -57,6 +57,7 @@ struct Layer {
     Norm input_norm, post_attention_norm, attn_sub_norm, ffn_sub_norm;
     Norm q_norm, k_norm;  // of each head
     OwnNorms own;
+    LinearPtr adapter;  // null, or a linear whose output of the layer's input is added to the layer's output
 };
 
 enum class Want { kNone, kLast, kAll, kNll };
@@ -109,7 +110,11 @@ class Decoder {
     void run_ffn(Team& team, int layer, int tokens, Workspace& w);
     void norm(const float* x, const Norm& weight, float* out) const;
     void norm_in_place(float* x, const Norm& sub_norm, const Norm& own_norm) const;
-    void quantize_inputs(int token, std::initializer_list<const Norm*> own_norms, Workspace& w) const;
+    struct Reader {
+        const Norm* own_norm;
+        const Linear* linear;
+    };
+    void quantize_inputs(int token, std::initializer_list<Reader> readers, Workspace& w) const;
     /// -log softmax(logits)[target]; 0 for the target -1.
     float negative_log_likelihood(const float* logits, int target) const;
     void run_head(Team& team, const std::vector<Output>& outputs, Workspace& w) const;

@@ -123,6 +123,7 @@ struct GroupProduct {
     int tokens;
     float* out;  // [tokens, out_stride]
     ptrdiff_t out_stride;
+    bool has_lowest = false;  // whether codes of activations may be -128
 };
 
 }  // namespace tritkit

@@ -1,6 +1,7 @@
 #include "group_sources.h"
 
 #include <algorithm>
+#include <cstring>
 #include <stdexcept>
 
 namespace tritkit {
@@ -67,6 +68,19 @@ uint8_t* gather_column(const void* values, int element, const GroupArrays& s, in
 
 }  // namespace
 
+void read_fields(const uint8_t* bytes, ptrdiff_t end, int bits, int begin, int count, uint8_t* out) {
+    if (bits == 8) {
+        std::memcpy(out, bytes + begin, static_cast<size_t>(count));
+        return;
+    }
+    ptrdiff_t bit = ptrdiff_t{begin} * bits;
+    for (int k = 0; k < count; ++k, bit += bits) {
+        const ptrdiff_t at = bit / 8;
+        const unsigned two = bytes[at] | (at + 1 < end ? bytes[at + 1] << 8 : 0u);
+        out[k] = static_cast<uint8_t>(two >> bit % 8 & ((1u << bits) - 1));
+    }
+}
+
 void GroupSource::for_each_tile(Pool& pool, int tiles, const std::function<void(int tile)>& move) const {
     pool.run([&](Team& team) {
         const Range mine = team.share(tiles);
@@ -94,8 +108,10 @@ bool ArraySource::read_span(int tile, int begin, int end, uint8_t* header, SpanC
     read_header(tile, begin, end, header);
     const int columns = std::min(end, s_.columns) - begin, rows = std::min(kTileRows, s_.rows - tile * kTileRows);
     unsigned all = 0;
+    uint8_t from[kSpanColumns];
     for (int r = 0; r < rows; ++r) {
-        const uint8_t* from = s_.codes + static_cast<ptrdiff_t>(tile * kTileRows + r) * s_.columns + begin;
+        read_fields(s_.codes + (tile * kTileRows + r) * s_.row_bytes(), s_.row_bytes(), s_.field_bits, begin, columns,
+                    from);
         for (int k = 0; k < columns; ++k) {
             codes.quads[k / 4][4 * r + k % 4] = from[k];
             all |= from[k];

@@ -46,6 +46,9 @@ class GroupSource {
     int bias_bits_;
 };
 
+/// `count` fields of so many bits from field `begin` on; `bytes` have an end, beyond which nothing is read.
+void read_fields(const uint8_t* bytes, ptrdiff_t end, int bits, int begin, int count, uint8_t* out);
+
 /// A matrix one number at a time. groups = ceil(columns / group), spans = ceil(columns / 256).
 struct GroupArrays {
     int rows, columns;
@@ -53,12 +56,14 @@ struct GroupArrays {
     int group;  // columns that share a scale: a multiple of 16, or at least all columns; a row's last may have fewer
     GroupScales scale_form;
     GroupOffsets offset_form;  // kNone and no table: a code stands for code - 2^(bits - 1)
-    const uint8_t* codes;      // [rows, columns]
-    const void* scales;        // [rows, groups]: float16, float or, times d, int8
-    const uint16_t* d;         // [rows, spans], float16
-    const void* offsets;       // [rows, groups]: float16, float or uint8
-    const uint16_t* dmin;      // [rows, spans], float16
-    const int16_t* table;      // null or [16]
+    const uint8_t* codes;      // [rows, row_bytes]: fields of so many bits, lowest first along a row
+    int field_bits;            // 1 .. 8; 8: a byte for each code
+    ptrdiff_t row_bytes() const { return (ptrdiff_t{columns} * field_bits + 7) / 8; }
+    const void* scales;    // [rows, groups]: float16, float or, times d, int8
+    const uint16_t* d;     // [rows, spans], float16
+    const void* offsets;   // [rows, groups]: float16, float or uint8
+    const uint16_t* dmin;  // [rows, spans], float16
+    const int16_t* table;  // null or [16]
 };
 
 class ArraySource : public GroupSource {

@@ -85,6 +85,15 @@ GroupedLinear::GroupedLinear(const GroupSource& source, float scale, const float
     if (!good) throw std::invalid_argument(source.fault());
 }
 
+void GroupedLinear::round_inputs(const InputGrid& grid, const float* row_sums) {
+    grid.require_valid();
+    if (grid.asymmetric != (row_sums != nullptr))
+        throw std::invalid_argument("sums of the rows go with asymmetric inputs, and only with them");
+    activations_ = ActivationFormat::kGrid;
+    grid_ = grid;
+    if (row_sums) row_sums_.assign(row_sums, row_sums + rows_);
+}
+
 int64_t GroupedLinear::needed_bytes(int rows, const GroupLayout& layout) {
     return ceil_div(rows, kTileRows) * static_cast<int64_t>(layout.tile_bytes());
 }
@@ -96,13 +105,20 @@ void GroupedLinear::reserve(int tokens, int threads, Scratch& scratch) const {
 
 void GroupedLinear::apply(Range mine, const Activations& x, int tokens, float* out, ptrdiff_t out_stride, Write write,
                           Scratch& scratch) const noexcept {
-    const float* sums = scratch.floats.data();
+    float* const sums = scratch.floats.data();
+    const bool on_grid = activations_ == ActivationFormat::kGrid;
+    const ActivationStrip* strips = on_grid ? x.strips(place_) : x.strips();
     by_panels(
         mine, tokens, out, out_stride, write, nullptr,
         [&](Range rows, ptrdiff_t stride) {
             kernels_->matmul_groups({weights_.data(), layout_, bias_bits_, table_, rows.begin / kTileRows,
-                                     ceil_div(rows.end, kTileRows), x.strips(), x.strip_stride(), tokens,
-                                     scratch.floats.data(), stride});
+                                     ceil_div(rows.end, kTileRows), strips, x.strip_stride(), tokens, sums, stride,
+                                     on_grid && grid_.has_lowest()});
+            if (row_sums_.empty()) return;
+            const float* shifts = x.shifts(place_);  // x is strip + shift, so W x is W strip + shift * row sums
+            for (int t = 0; t < tokens; ++t)
+                for (int r = rows.begin; r < rows.end; ++r)
+                    sums[t * stride + r - rows.begin] += shifts[t] * row_sums_[static_cast<size_t>(r)];
         },
         [=](int t, int r, ptrdiff_t stride) { return sums[t * stride + r]; }, [&](int) { return scale_; });
 }

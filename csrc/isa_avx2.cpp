@@ -129,7 +129,16 @@ void quantize_groups(const float* x, int columns, ActivationStrip* strips) {
     }
 }
 
-/// Codes of activations in groups are never -128, so a pair of products of signed bytes does fit into an int16.
+/// For any codes of activations.
+struct AnyGroupV : V {
+    static constexpr int kSpanStreams = 2, kSpanTokens = 4, kSpanTiles = 1;
+    template <int>
+    TRITKIT_INLINE __m256i start(int32_t) {
+        return _mm256_setzero_si256();
+    }
+};
+
+/// Where codes of activations are never -128, a pair of products of signed bytes does fit into an int16.
 struct GroupV : V {
     static constexpr int kSpanStreams = 2, kSpanTokens = 4, kSpanTiles = 1;
     /// A code above 127 is taken as code - 128; the sum begins with what that leaves out.
@@ -146,6 +155,20 @@ struct GroupV : V {
 };
 
 #include "group_kernels.h"
+
+void matmul_any_groups(const GroupProduct& p) {
+    if (!p.has_lowest) return matmul_groups<GroupV>(p);
+    switch (p.layout.codes) {
+        case GroupCodes::k8:
+            return group_product<AnyGroupV, Planes<8, 0>>(p);
+        case GroupCodes::kTable8:
+            return group_product<AnyGroupV, Table<1>>(p);
+        case GroupCodes::kTable16:
+            return group_product<AnyGroupV, Table<2>>(p);
+        default:  // products with narrower codes fit anyway
+            return matmul_groups<GroupV>(p);
+    }
+}
 
 struct F32 {
     using Element = float;
@@ -280,7 +303,7 @@ const Kernels kAvx2 = {
     integer_peak,
 
     quantize_groups,
-    matmul_groups<GroupV>,
+    matmul_any_groups,
 
     nullptr,
 };

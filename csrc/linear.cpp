@@ -74,7 +74,15 @@ void Activations::reserve(ActivationFormat format) {
     c.sums = AlignedArray<int32_t>(static_cast<size_t>(rows));
 }
 
-void Activations::quantize(int token, const Kernels& kernels) const {
+void Activations::reserve(const Linear& reader) {
+    if (reader.activations() != ActivationFormat::kGrid) return reserve(reader.activations());
+    Grid& g = grids_[static_cast<size_t>(reader.place())];
+    if (g.shifts.size()) return;
+    g.strips = AlignedArray<ActivationStrip>(static_cast<size_t>(tokens_ * strip_stride()));
+    g.shifts = AlignedArray<float>(static_cast<size_t>(tokens_));
+}
+
+void Activations::quantize(int token, const Kernels& kernels, std::initializer_list<const Linear*> readers) const {
     for (ActivationFormat format : {ActivationFormat::kA8, ActivationFormat::kA8Q128, ActivationFormat::kA16}) {
         const Codes& c = codes(format);
         if (!c.scales.size()) continue;
@@ -86,6 +94,25 @@ void Activations::quantize(int token, const Kernels& kernels) const {
                 : kernels.quantize_row(row(token), columns_, kLevels[static_cast<int>(format)], to, &c.sums[first]);
     }
     if (strips_.size()) kernels.quantize_groups(row(token), columns_, strips_.data() + token * strip_stride());
+    unsigned done = 0;
+    for (const Linear* reader : readers) {
+        if (!reader || reader->activations() != ActivationFormat::kGrid || done >> reader->place() & 1) continue;
+        done |= 1u << reader->place();
+        const Grid& g = grids_[static_cast<size_t>(reader->place())];
+        g.shifts[token] =
+            quantize_inputs(reader->grid(), row(token), columns_, g.strips.data() + token * strip_stride());
+    }
+}
+
+void share_places(std::initializer_list<Linear*> readers) {
+    int places = 0;
+    for (auto reader = readers.begin(); reader != readers.end(); ++reader) {
+        if ((*reader)->activations() != ActivationFormat::kGrid) continue;
+        const auto same = std::find_if(readers.begin(), reader, [&](const Linear* other) {
+            return other->activations() == ActivationFormat::kGrid && other->grid() == (*reader)->grid();
+        });
+        (*reader)->set_place(same == reader ? places++ : (*same)->place());
+    }
 }
 
 Linear::Linear(int rows, int columns, ActivationFormat activations, const float* bias)

@@ -3,10 +3,12 @@
 
 #include <algorithm>
 #include <array>
+#include <initializer_list>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "input_grid.h"
 #include "kernels.h"
 #include "memory.h"
 #include "repack.h"
@@ -17,8 +19,8 @@ namespace tritkit {
 
 /// What becomes of the input before the product. kFloat: nothing; kA8, kA8Q128: int8 codes per token. kA16: codes of 16
 /// bits per token, 256 * high + low, as two rows of int8 that go through the same products. kA8G32: int8 codes per 32
-/// columns of a token.
-enum class ActivationFormat { kFloat = -1, kA8 = 0, kA8Q128 = 1, kA16 = 2, kA8G32 = 3 };
+/// columns of a token. kGrid: what the linear's InputGrid says.
+enum class ActivationFormat { kFloat = -1, kA8 = 0, kA8Q128 = 1, kA16 = 2, kA8G32 = 3, kGrid = 4 };
 constexpr int kIntegerFormats = 3;  // with one scale for a token
 constexpr int code_rows(ActivationFormat format) { return format == ActivationFormat::kA16 ? 2 : 1; }
 
@@ -26,6 +28,9 @@ constexpr int code_rows(ActivationFormat format) { return format == ActivationFo
 ActivationFormat activation_format(const std::string& name);
 /// The same for a matrix whose products are sums of integers over whole rows; not every format fits one.
 ActivationFormat integer_format(const Stored& source, const std::string& name);
+
+class Linear;
+constexpr int kMostReaders = 3;  // linears that read the same input: q, k and v
 
 /// The inputs of one or several linears: rows of floats, and their int8 codes in the formats that were asked for.
 class Activations {
@@ -45,13 +50,18 @@ class Activations {
     };
     const Codes& codes(ActivationFormat format) const { return codes_[static_cast<int>(format)]; }
     ptrdiff_t code_stride() const { return code_stride_; }
-    const ActivationStrip* strips() const { return strips_.data(); }  // kA8G32
+    /// kA8G32, and kGrid: of the linears with this place.
+    const ActivationStrip* strips() const { return strips_.data(); }
+    const ActivationStrip* strips(int place) const { return grids_[static_cast<size_t>(place)].strips.data(); }
+    /// What quantize_inputs() returned for each token.
+    const float* shifts(int place) const { return grids_[static_cast<size_t>(place)].shifts.data(); }
     ptrdiff_t strip_stride() const { return (columns_ + kStripColumns - 1) / kStripColumns; }
 
     /// Allocates what quantize() will fill; not inside a parallel region.
     void reserve(ActivationFormat format);
-    /// Codes of one token, in every format that was reserved.
-    void quantize(int token, const Kernels& kernels) const;
+    void reserve(const Linear& reader);
+    /// Codes of one token, in every format that was reserved, and on the grids of these linears. No reader: null.
+    void quantize(int token, const Kernels& kernels, std::initializer_list<const Linear*> readers) const;
 
  private:
     int tokens_ = 0, columns_ = 0;
@@ -59,6 +69,11 @@ class Activations {
     AlignedArray<float> x_;  // [tokens, stride], zero beyond the last column
     std::array<Codes, kIntegerFormats> codes_;
     AlignedArray<ActivationStrip> strips_;  // [tokens, strip_stride]
+    struct Grid {
+        AlignedArray<ActivationStrip> strips;
+        AlignedArray<float> shifts;  // [tokens]
+    };
+    std::array<Grid, kMostReaders> grids_;
 };
 
 // The sums of this many rows wait in cache for their scale. One token has few, so all its rows go in one stream.
@@ -73,6 +88,10 @@ class Linear {
     int rows() const { return rows_; }
     int columns() const { return columns_; }
     ActivationFormat activations() const { return activations_; }
+    /// kGrid: the grid, and where in Activations its codes are. Linears with one place have one grid.
+    const InputGrid& grid() const { return grid_; }
+    int place() const { return place_; }
+    void set_place(int place) { place_ = place; }
     /// What one product with one token reads.
     virtual size_t bytes() const = 0;
     /// What the kernels read: "t16_3", "bf16", ...
@@ -109,6 +128,8 @@ class Linear {
 
     int rows_, columns_;
     ActivationFormat activations_;
+    InputGrid grid_{};
+    int place_ = 0;
     std::vector<float> bias_;
 };
 
@@ -175,6 +196,9 @@ struct TernaryLayout {
     Runtime tiles = Runtime::kTernary;
     Lines lines = Lines::kNever;
 };
+
+/// Where linears that read the same input find their codes: those with equal grids at the same place.
+void share_places(std::initializer_list<Linear*> readers);
 
 /// The form that fits the source. Throws std::invalid_argument.
 std::shared_ptr<Linear> make_linear(const Stored& source, TernaryLayout ternary, Skip skip, float scale,

@@ -75,10 +75,10 @@ std::vector<double> product_seconds(Runner& runner, const std::vector<LinearPtr>
         if (linear->rows() != first.rows() || linear->columns() != first.columns())
             throw std::invalid_argument("the linears have several shapes");
     Activations x(tokens, first.columns());
-    for (const LinearPtr& linear : linears) x.reserve(linear->activations());
+    for (const LinearPtr& linear : linears) x.reserve(*linear);
     for (int t = 0; t < tokens; ++t) {
         for (int k = 0; k < first.columns(); ++k) x.row(t)[k] = static_cast<float>((t + k) % 17 - 8);
-        x.quantize(t, runner.kernels);
+        x.quantize(t, runner.kernels, {&first});
     }
     std::vector<Linear::Scratch> scratch(static_cast<size_t>(runner.pool.size()));
     for (Linear::Scratch& s : scratch)

@@ -33,7 +33,7 @@ void SparseFfn::run(Team& team, int index, const SparseLayer& layer, const Spars
     const Range mine = team.share(step.tokens);
     for (int t = mine.begin; t < mine.end; ++t) {
         layer.norm(step.gated.row(t));
-        step.gated.quantize(t, kernels_);
+        step.gated.quantize(t, kernels_, {&layer.down});
     }
     team.barrier();
     const int count = list_columns(layer, step, own);

@@ -91,7 +91,7 @@ void test_rows() {
         const uint32_t one = layout == Runtime::kF32 ? 0x3f800000u : layout == Runtime::kF16 ? 0x3c00u : 0x3f80u;
         for (int i = 0; i < 7 * 21; ++i)
             if (i % 3 == 0) std::memcpy(bytes.data() + 1 + i * size, &one, static_cast<size_t>(size));
-        const RowTable table({source_layout(name), Bytes(nullptr, bytes.data() + 1, bytes.size() - 1), 7, 21}, 0.5f);
+        const StoredRows table({source_layout(name), Bytes(nullptr, bytes.data() + 1, bytes.size() - 1), 7, 21}, 0.5f);
         bool good = true;
         for (int r = 0; r < 7; ++r) {
             float row[21];
@@ -308,7 +308,7 @@ void test_line_linears(const char* isa) {
             x.reserve(ActivationFormat::kA8);
             for (int t = 0; t < tokens; ++t) {
                 for (int k = 0; k < columns; ++k) x.row(t)[k] = random_float();
-                x.quantize(t, runner.kernels);
+                x.quantize(t, runner.kernels, {});
             }
             auto apply = [&](const std::shared_ptr<Linear>& linear) {
                 std::vector<float> out(static_cast<size_t>(tokens * rows), 1.0f);
@@ -482,7 +482,7 @@ std::vector<float> random_product(const Linear& linear, Runner& runner, int toke
     x.reserve(linear.activations());
     for (int t = 0; t < tokens; ++t) {
         for (int k = 0; k < linear.columns(); ++k) x.row(t)[k] = random_float();
-        x.quantize(t, runner.kernels);
+        x.quantize(t, runner.kernels, {});
     }
     std::vector<float> out(static_cast<size_t>(tokens) * linear.rows());
     std::vector<Linear::Scratch> scratches(2);
@@ -514,7 +514,7 @@ void test_blocks(const char* isa) {
             }
             expect(products[0] == products[1], type.name, isa, rows, columns, tokens);
             bool near = true;
-            const RowTable table(matrix, 1.0f);
+            const StoredRows table(matrix, 1.0f);
             for (int r = 0; r < rows; ++r) {
                 std::vector<float> row(static_cast<size_t>(columns));
                 table.copy_row(r, row.data());
@@ -547,7 +547,7 @@ void test_ternary_blocks() {
         for (const auto& [rows, blocks] : {std::pair{1, 1}, {16, 5}, {100, 6}, {33, 41}}) {
             const int columns = blocks * type.columns;
             std::vector<uint8_t> source = random_blocks(layout, rows, columns, true);
-            const RowTable table(stored(layout, source, rows, columns), 1.0f);
+            const StoredRows table(stored(layout, source, rows, columns), 1.0f);
             for (Runtime runtime : {Runtime::kTernary, Runtime::kTernary3}) {
                 const Bytes packed = repack(stored(layout, source, rows, columns), runtime, 1.0f, pool, arena);
                 bool good = true;
@@ -751,7 +751,7 @@ std::unique_ptr<Decoder> small_decoder(int threads, const char* isa, const std::
     const Stored rows = stored(source_layout("f32"), table, kVocab, kHidden);
     auto exact = std::make_shared<FloatLinear>(rows, 1.0f, nullptr, runner->pool, runner->arena, runner->kernels);
     auto head = std::make_shared<Head>(exact);
-    auto embedding = std::make_shared<RowTable>(rows, 1.0f);
+    auto embedding = std::make_shared<StoredRows>(rows, 1.0f);
     return std::make_unique<Decoder>(runner, shape, embedding, std::move(layers), Norm(kHidden, 1.0f), head, 16);
 }
 

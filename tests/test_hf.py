@@ -8,6 +8,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from mixed import mixed
 from test_hf_export import assert_same, logits_of, ours, relaid
 
 from tritkit.checkpoint import matrix_names, open_folder, write_folder
@@ -51,6 +52,13 @@ def folders(make_folder, tmp_path):
     pack(make_folder("b158", seed=3, **WIDE), tmp_path / "packed", dtype="float32")
     found["ternary blocks"] = relaid(tmp_path / "packed", tmp_path / "ternary-tq2_0", "tq2_0", "q8_0")
     found["int4_g32 and a4"] = make_folder("b158", seed=4, weights="int4_g32", activations="a4")
+    wide = make_folder("llama", seed=6, tie_word_embeddings=False, **WIDE)
+    found["rounded inputs"] = mixed(
+        wide, tmp_path / "inputs", ["int8_row", "int4_g32_asym", "q4_k"],
+        ["int8_row", "int8_tensor_asym", "int8_g32", None], embedding="int8_row", head="int6_g64",
+    )  # fmt: skip
+    found["outliers"] = mixed(wide, tmp_path / "outliers", ["int8_row"], ["int8_row+outliers"], threshold=1.5)
+    found["adapters"] = mixed(llama, tmp_path / "adapters", ["int4_g32"], adapters=(0, 1))
     found["norms in linears"] = make_folder("b1", seed=5, linear_norm_eps=1e-6)
     return found
 
@@ -61,7 +69,8 @@ def test_import_tritkit_makes_transformers_run_our_folders(folders, tokens, tmp_
     found = logits_of(mode, list(folders.values()), tokens, tmp_path)
     for (what, folder), theirs in zip(folders.items(), found, strict=True):
         assert not isinstance(theirs, str), f"{what}: {theirs}"
-        rounded = open_folder(folder).config.activations is not None
+        opened = open_folder(folder)
+        rounded = opened.config.activations is not None or opened.inputs
         assert_same(ours(folder, tokens), theirs, "hf-bitlinear" if rounded else what)
 
 

@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from mixed import packed
 
 from tritkit import stored
 from tritkit.formats import format_of
 from tritkit.layers import Adapter
-from tritkit.layouts import GGML, LAYOUTS, Packed, Unpacked
+from tritkit.layouts import GGML, Packed
 from tritkit.stored import InputQuantizer, StoredEmbedding, StoredLinear, StoredMatrix
 
 DENSE = ["int2_g32", "int3_row", "int4_g64_asym", "int5_tensor", "int8_row", "int8_row_asym", "int6_g32_asym"]
@@ -19,22 +20,14 @@ def random(*shape, seed=0, scale=1.0):
     return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def quantized(name: str, rows=40, cols=256, seed=1):
-    """(layout, arrays, values) of a random matrix in that format or, of ggml's, of random codes."""
-    if name in GGML:
-        layout, chance = GGML[name], np.random.default_rng(seed)
-        byte = chance.integers(0, 256, (rows, layout.row_bytes(cols)), np.uint8).reshape(-1, layout.block_bytes)
-        for at in layout.floats:
-            byte[:, at : at + 2] = chance.uniform(-0.1, 0.1, (len(byte), 1)).astype("<f2").view(np.uint8)
-        if name == "mxfp4":
-            byte[:, 0] = chance.integers(110, 130, len(byte))
-        byte[:, :64] &= 0xAA if name == "tq2_0" else 0xFF  # 3 is no code
-        packed = Packed({"weight": byte.reshape(rows, -1)})
-        return name, packed.arrays, torch.from_numpy(theirs(name, packed.arrays["weight"]))
-    q = format_of(name).quantize(random(rows, cols, seed=seed, scale=0.05) + 0.01)
-    offset = None if q.grid.offset is None else q.grid.offset[..., 0].numpy()
-    codes = Unpacked(q.codes.reshape(q.shape).numpy(), q.grid.scale[..., 0].numpy(), offset)
-    return q.format.layout, LAYOUTS[q.format.layout].pack(codes).arrays, q.dequantize()
+def quantized(name: str, rows=40, cols=256):
+    """(layout, arrays, values) of a random matrix in that format; the values are the format's own, or gguf's."""
+    w = random(rows, cols, seed=1, scale=0.05) + 0.01
+    layout, arrays = packed(name, w.numpy())
+    values = (
+        torch.from_numpy(theirs(name, arrays["weight"])) if name in GGML else format_of(name).quantize(w).dequantize()
+    )
+    return layout, arrays, values
 
 
 def theirs(name: str, byte: np.ndarray) -> np.ndarray:

@@ -21,9 +21,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .checkpoint import EMBEDDING, EXTRAS, GUARD, HEAD, OWN, ModelFolder, matrix_names, matrix_shape, open_folder
 from .formats import Format, format_of
-from .layers import BitLinear, PackedLinear, RMSNorm
-from .layouts import GGML, LAYOUTS, Packed
+from .inputs import input_format
+from .layers import Adapter, BitLinear, PackedLinear, RMSNorm
+from .layouts import LAYOUTS, Packed
+from .layouts.translate import one_scale
 from .models.config import FAMILIES, OWN_ARCHITECTURE
+from .stored import InputQuantizer
 from .tensorfile import DTYPES
 
 METHOD = "tritkit"
@@ -55,12 +58,22 @@ class Coded(nn.Module):
             arrays[key] = (stored.float() if stored.is_floating_point() else stored).cpu().numpy()
         return Packed(arrays)
 
+    def rows(self, some: np.ndarray | None = None) -> Tensor:
+        """The values of these rows, or of all, float32."""
+        layout, packed, count = LAYOUTS[self.layout], self.packed(), self.shape[0]
+        if some is not None:
+            part = layout.rows(packed, self.shape, some)
+            packed, count = (packed, count) if part is None else (part, len(some))
+            if part is None:
+                return torch.from_numpy(layout.dequantize(packed, self.shape)[some])
+        return torch.from_numpy(layout.dequantize(packed, (count, self.shape[1])))
+
     def extra_repr(self) -> str:
         return f"{self.shape[1]}, {self.shape[0]}, layout={self.layout}"
 
 
 class CodedLinear(Coded):
-    """A linear on codes. activations: what x is rounded to; None: floats."""
+    """A linear on codes. activations: of low-bit linears; others round x to what the folder says, or not at all."""
 
     def __init__(
         self, folder: ModelFolder, name: str, activations: Format | None = None, bias: nn.Parameter | None = None
@@ -70,21 +83,34 @@ class CodedLinear(Coded):
         self.activations, self.bias = activations, bias
         eps = folder.config.linear_norm_eps if activations is not None else 0.0
         self.rms_norm = RMSNorm(self.in_features, eps) if eps else None
+        self.inputs, self.threshold = folder.inputs.get(name), folder.outlier_threshold
+        if folder.input_grid(name) is not None:
+            self.register_buffer("input_scale", torch.empty(1))
+        if f"{name}.input_zero" in folder.tensors:
+            self.register_buffer("input_zero", torch.empty(1))
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """Inputs as the folder wants them."""
+        if self.inputs is None:
+            return x
+        inputs = input_format(self.inputs)
+        scale, zero = (getattr(self, key, None) for key in ("input_scale", "input_zero"))
+        threshold = self.threshold if inputs.has_outliers else None
+        return InputQuantizer(inputs.name, scale, zero, threshold)(x).to(x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         layout = LAYOUTS[self.layout]
         if self.activations is None:
-            weight = torch.from_numpy(layout.dequantize(self.packed(), self.shape)).to(x.device, x.dtype)
-            return F.linear(x, weight, self.bias)
-        matrix = layout.unpack(self.packed(), self.shape)
+            return F.linear(self.rounded(x), self.rows().to(x.device, x.dtype), self.bias)
+        matrix = one_scale(layout.unpack(self.packed(), self.shape), self.layout)
         codes = torch.from_numpy(matrix.codes.astype(np.int8)).to(x.device)
-        scale = torch.tensor(float(matrix.scale.max()), device=x.device)  # blocks without weights may have 0
+        scale = torch.tensor(float(matrix.scale[0, 0]), device=x.device)
         y = PackedLinear(codes, scale, self.activations)(x if self.rms_norm is None else self.rms_norm(x))
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
 
 class CodedEmbedding(Coded):
-    """Rows of a matrix in blocks of ggml, as floats of the model's dtype."""
+    """Rows of a matrix of codes, as floats of the model's dtype."""
 
     def __init__(self, folder: ModelFolder, name: str, dtype: torch.dtype):
         super().__init__(folder, name)
@@ -93,9 +119,12 @@ class CodedEmbedding(Coded):
 
     def forward(self, ids: Tensor) -> Tensor:
         seen, where = torch.unique(ids, return_inverse=True)
-        rows = Packed({"weight": self.weight[seen].cpu().numpy()})
-        values = torch.from_numpy(LAYOUTS[self.layout].dequantize(rows, (len(seen), self.shape[1])))
-        return values.to(ids.device, self.get_buffer("like").dtype)[where]
+        return self.rows(seen.cpu().numpy()).to(ids.device, self.get_buffer("like").dtype)[where]
+
+
+def _add_adapter(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    """What a layer returns, with its adapter's part."""
+    return output + layer.adapter(inputs[0]).to(output.dtype)  # type: ignore[operator]
 
 
 class LatentLinear(BitLinear):
@@ -127,10 +156,13 @@ class TritkitQuantizer(HfQuantizer):
         for name in matrix_names(c):
             old = model.get_submodule(name)
             if name == EMBEDDING and name in folder.layouts:
-                new: nn.Module = CodedEmbedding(folder, name, old.weight.dtype)
+                new: Any = CodedEmbedding(folder, name, old.weight.dtype)
                 if c.tie_word_embeddings:  # the head is the same bytes
-                    if folder.layouts[name] not in GGML:
-                        raise ValueError(f"a tied embedding cannot be in the layout {folder.layouts[name]}")
+                    if len(new.keys) > 1:  # transformers ties parameters by their name, and these have several
+                        raise ValueError(
+                            f"transformers cannot tie a head to an embedding in the layout {folder.layouts[name]}; "
+                            "tritkit generate runs this folder"
+                        )
                     model.set_submodule(HEAD, CodedLinear(folder, name))
             elif name in folder.layouts:
                 new = CodedLinear(folder, name, low_bit if c.is_low_bit(name) and name != HEAD else None, old.bias)
@@ -142,6 +174,10 @@ class TritkitQuantizer(HfQuantizer):
             else:
                 continue
             model.set_submodule(name, new)
+        for i in folder.adapters:
+            layer = model.get_submodule(f"model.layers.{i}")
+            layer.adapter = Adapter(c.hidden_size)
+            layer.register_forward_hook(_add_adapter)
         self.latent = not folder.is_packed
         return model
 

@@ -202,7 +202,7 @@ class Adapter(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.float(), self.weight.float(), self.bias)
+        return F.linear(x.float(), self.weight.float(), self.bias.float())
 
 
 def linear_for(weights: str | None, activations: str | None, norm_eps: float = 0.0):

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..checkpoint import EMBEDDING, HEAD, ModelFolder, linear_names, linear_shape
 from ..gguf_model import shared_scale
+from ..inputs import input_format
 from ..jsonfile import shown
 from ..layouts import GGML
 from ..models.config import ModelConfig
@@ -17,9 +18,11 @@ from ..sources import open_model
 from ..tensorfile import StoredTensor
 from ..tokenizer import Tokenizer
 from . import Engine
-from .weights import BLOCKS, DecoderShape, DecoderWeights, LayerWeights, LinearWeights
+from .codes import TABLES, grouped, inputs_of, rows_of
+from .weights import BLOCKS, DecoderShape, DecoderWeights, Inputs, LayerWeights, LinearWeights
 
 FLOAT_LAYOUTS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+OWN_CODES = ("dense", *TABLES)
 LINEARS = {
     "q": "self_attn.q_proj",
     "k": "self_attn.k_proj",
@@ -106,6 +109,7 @@ def decoder_weights(folder: ModelFolder) -> DecoderWeights:
                 ffn_sub_norm=_norm(folder, at + "mlp.ffn_sub_norm") if c.sub_norms else None,
                 q_norm=_norm(folder, at + "self_attn.q_norm") if c.qk_norms else None,
                 k_norm=_norm(folder, at + "self_attn.k_norm") if c.qk_norms else None,
+                adapter=_adapter(folder, at + "adapter") if i in folder.adapters else None,
             )
         )
     table = (c.vocab_size, c.hidden_size)
@@ -129,6 +133,11 @@ def _matrix(folder: ModelFolder, name: str, shape: tuple[int, int]) -> LinearWei
     return _packed_linear(name, folder.layouts[name], folder.packed(name).arrays, shape, folder.config)
 
 
+def _adapter(folder: ModelFolder, name: str) -> LinearWeights:
+    weight, hidden = folder.tensors[f"{name}.weight"], folder.config.hidden_size
+    return replace(_float_linear(weight, (hidden, hidden), name), bias=folder.tensors[f"{name}.bias"].float32())
+
+
 def _float_linear(tensor: StoredTensor, shape: tuple[int, int], name: str) -> LinearWeights:
     if tensor.dtype not in FLOAT_LAYOUTS or tensor.array.shape != shape:
         raise ValueError(f"{name}.weight is {tensor.dtype} {tensor.array.shape}, expected floats of shape {shape}")
@@ -144,8 +153,18 @@ def _linears(folder: ModelFolder) -> dict[str, LinearWeights]:
         linear = latent[name] if name in latent else _matrix(folder, name, linear_shape(config, name))
         bias = folder.tensors[f"{name}.bias"].float32() if config.has_bias(name) else None
         norm = _norm(folder, f"{name}.rms_norm") if config.linear_norm_eps and config.is_low_bit(name) else None
-        found[name] = replace(linear, bias=bias, norm=norm)
+        found[name] = replace(linear, bias=bias, norm=norm, inputs=_inputs(folder, name))
     return found
+
+
+def _inputs(folder: ModelFolder, name: str) -> Inputs | None:
+    """What a linear's inputs are rounded to where the folder says so; without a word it is a8_g32."""
+    own = folder.layouts.get(name) in OWN_CODES and folder.config.is_low_bit(name)
+    format = folder.config.activations if own else folder.inputs.get(name)
+    if format is None:
+        return None
+    rows = rows_of(folder.layouts[name], folder.packed(name).arrays, linear_shape(folder.config, name))
+    return inputs_of(name, input_format(format), folder.input_grid(name), rows)
 
 
 def _latent_linears(folder: ModelFolder) -> dict[str, LinearWeights]:
@@ -164,8 +183,14 @@ def _packed_linear(
     the model is a ternary one, whose matrices have one scale and whose activations have one a token."""
     if layout in GGML and layout not in BLOCKS:
         raise ValueError(f"{name} is {layout}, which only the torch engine runs")
+    if layout in OWN_CODES:
+        try:
+            data, groups, common = grouped(layout, arrays, shape)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        return LinearWeights("grouped", data, *shape, scale=common, activations="a8_g32", groups=groups)
     if layout in GGML:
-        if config.weights is None or name in (EMBEDDING, HEAD):
+        if not config.is_low_bit(name) or name in (EMBEDDING, HEAD):
             return LinearWeights(layout, arrays["weight"], *shape, activations="a8_g32")
         scale = shared_scale(layout, arrays["weight"])
         if scale is None:

@@ -86,7 +86,7 @@ class NativeEngine:
         layers = [_layer(runner, f"layers[{i}]", layer, skips) for i, layer in enumerate(weights.layers)]
         tied = weights.head is None
         output = weights.embedding if weights.head is None else weights.head
-        blocks = output.layout in BLOCKS
+        blocks = output.layout not in FLOATS
         rows = _rows(weights.embedding, drop_pages=not tied or head != "float" or blocks)
         built_head = _head(runner, head, output, rows, tied)
         self.head: str = output.layout if head == "float" and blocks else head
@@ -195,6 +195,7 @@ def _layer(runner: _native.Runner, name: str, layer: LayerWeights, skips: dict[s
     norms |= {f"{linear}_own_norm": getattr(layer, linear).norm for linear in LINEARS}
     for norm, value in norms.items():
         built[norm] = None if value is None else np.ascontiguousarray(value)
+    built["adapter"] = None if layer.adapter is None else _linear(runner, f"{name}.adapter", layer.adapter)
     return built
 
 
@@ -203,15 +204,27 @@ def _linear(runner: _native.Runner, name: str, w: LinearWeights, skip: str = "no
     bias = None if w.bias is None else np.ascontiguousarray(w.bias)
     try:
         if w.groups is not None:
-            g = w.groups
-            return _native.GroupedLinear(runner, data, g.bits, g.size, **g.arrays(), scale=float(w.scale), bias=bias)
-        return _native.Linear(
-            *(runner, w.layout, data, w.rows, w.cols, float(w.scale), w.activations, bias),
-            mapped=_is_mapped(w.data),
-            skip=skip,
-        )
+            built = _native.GroupedLinear(runner, data, **_groups(w), scale=float(w.scale), bias=bias)
+        else:
+            built = _native.Linear(
+                *(runner, w.layout, data, w.rows, w.cols, float(w.scale), w.activations, bias),
+                mapped=_is_mapped(w.data),
+                skip=skip,
+            )
+        if w.inputs is not None:
+            i = w.inputs
+            grid = _native.InputGrid(i.lo, i.hi, i.group, i.asymmetric, i.scale, i.zero, i.peak)
+            built.round_inputs(grid, i.row_sums)
+        return built
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+
+
+def _groups(w: LinearWeights) -> dict:
+    """The words of `_native` for the groups of a matrix."""
+    assert w.groups is not None
+    g = w.groups
+    return {"bits": g.bits, "group": g.size, "cols": w.cols, "field_bits": g.field_bits, **g.arrays()}
 
 
 def default_head(weights: DecoderWeights) -> str:
@@ -222,13 +235,15 @@ def default_head(weights: DecoderWeights) -> str:
 
 def _rows(w: LinearWeights, drop_pages: bool) -> _native.RowTable:
     data = np.ascontiguousarray(w.data)
+    if w.groups is not None:
+        return _native.RowTable.grouped(data, **_groups(w), scale=float(w.scale))
     return _native.RowTable(w.layout, data, w.rows, w.cols, float(w.scale), drop_pages and _is_mapped(w.data))
 
 
 def _head(runner: _native.Runner, kind: str, w: LinearWeights, embedding: _native.RowTable, tied: bool) -> _native.Head:
     if kind == "float":
         return _native.Head(_linear(runner, "head", w))
-    if w.layout not in (*FLOATS, *BLOCKS) or w.bias is not None:
+    if w.layout not in (*FLOATS, *BLOCKS, "grouped") or w.bias is not None:
         raise ValueError(f"head is {kind!r}, but only a head of floats or blocks without a bias can be made smaller")
     if kind == "screen" and w.layout not in FLOATS:
         raise ValueError(f"head is 'screen', but only a head of floats can be screened, not one of {w.layout}")
@@ -248,8 +263,7 @@ def _is_mapped(data: NDArray | None) -> bool:
 
 def _runtime_bytes(runner: _native.Runner, w: LinearWeights, skip: str = "nothing") -> int:
     if w.groups is not None:
-        data = np.ascontiguousarray(w.data)
-        return _native.grouped_bytes(data, w.groups.bits, w.groups.size, **w.groups.arrays())
+        return _native.grouped_bytes(np.ascontiguousarray(w.data), **_groups(w))
     return _native.runtime_bytes(runner, w.layout, w.data, w.rows, w.cols, w.activations, skip)
 
 
@@ -257,6 +271,7 @@ def _require_memory(runner: _native.Runner, weights: DecoderWeights, head: str) 
     """MemoryError where the copies of the weights are larger than the memory that there is."""
     skips = _skips(weights)
     linears = [(getattr(layer, name), skips.get(name, "nothing")) for layer in weights.layers for name in LINEARS]
+    linears += [(layer.adapter, "nothing") for layer in weights.layers if layer.adapter is not None]
     output = weights.embedding if weights.head is None else weights.head
     if head in ("float", "screen"):
         linears.append((output, "nothing"))

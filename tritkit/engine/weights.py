@@ -78,11 +78,31 @@ class Groups:
     mins: NDArray[np.uint8] | None = None
     dmin: NDArray[np.float16] | None = None
     table: NDArray[np.int16] | None = None
+    field_bits: int = 8  # of a code in the data: 8, a byte each, or fewer, packed lowest first along a row
 
     def arrays(self) -> dict[str, NDArray]:
         """Those that there are, C-contiguous."""
         names = ("scales", "d", "zeros", "offsets", "mins", "dmin", "table")
         return {name: np.ascontiguousarray(a) for name in names if (a := getattr(self, name)) is not None}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the inputs of a linear are rounded to, x ~ scale * (code - zero) with lo <= code <= hi (csrc/input_grid.h).
+
+    group: columns of a token that share a scale, a multiple of 32; 0: the whole token. asymmetric: lo is 0, and a token
+    has a zero point. scale, zero: of all tokens; scale 0: found for each. peak: above 0, codes are x * peak / absmax.
+    row_sums: of the weights, [rows], where asymmetric.
+    """
+
+    lo: int
+    hi: int
+    group: int = 0
+    asymmetric: bool = False
+    scale: float = 0.0
+    zero: float = 0.0
+    peak: float = 0.0
+    row_sums: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -94,14 +114,15 @@ class LinearWeights:
       binary_rows                     uint8 [rows, ceil(cols / 8)], bit j of byte b: the code of column 8b + j is +1
       f32                             float32 [rows, cols]
       f16, bf16                       uint16 [rows, cols], the bits
-      grouped                         uint8 [rows, cols], codes that mean what `groups` says
+      grouped                         uint8 [rows, ceil(cols * field_bits / 8)], codes that mean what `groups` says
       q4_0 ... q6_k                   uint8 [rows, bytes of a row], blocks as in a GGUF file (BLOCKS)
       tq1_0, tq2_0, i2_s_x86/_arm     the same, blocks of ternary codes
     `scale` multiplies, also for hf_bitlinear, whose file holds the inverse, and for i2_s, whose blocks have none.
     activations: a8, a8_q128 for packed layouts, a8_g32 for grouped and for blocks, None for floats. Blocks of ternary
     codes may have a8 or a8_q128 too: then they run as one ternary matrix, all of them have to have the same scale, and
     `scale` is that scale.
-    norm: weights of a norm that this linear's input passes through first.
+    norm: weights of a norm that this linear's input passes through first. inputs: instead of a8_g32, for grouped and
+    for blocks.
     """
 
     layout: str
@@ -113,6 +134,7 @@ class LinearWeights:
     bias: NDArray[np.float32] | None = None
     groups: Groups | None = None
     norm: NDArray[np.float32] | None = None
+    inputs: Inputs | None = None
 
     def data_shape(self) -> tuple[int, int]:
         if self.layout in ("hf_autobitlinear", "hf_bitlinear"):
@@ -122,6 +144,8 @@ class LinearWeights:
         if self.layout in BLOCKS:
             columns, size = BLOCKS[self.layout]
             return (self.rows, self.cols // columns * size)
+        if self.groups is not None:
+            return (self.rows, -(-self.cols * self.groups.field_bits // 8))
         return (self.rows, self.cols)
 
 
@@ -140,6 +164,7 @@ class LayerWeights:
     ffn_sub_norm: NDArray[np.float32] | None = None
     q_norm: NDArray[np.float32] | None = None
     k_norm: NDArray[np.float32] | None = None
+    adapter: LinearWeights | None = None  # floats [hidden, hidden]: what is added for the layer's input
 
 
 @dataclass(frozen=True)
@@ -183,9 +208,9 @@ def check(weights: DecoderWeights) -> None:
     }
     _check_norm("inverse_frequencies", s.inverse_frequencies, s.head_dim // 2)
     _check_linear("embedding", weights.embedding, (s.vocab_size, s.hidden_size))
-    if weights.embedding.layout not in (*FLOATS, *BLOCKS):
-        raise ValueError(f"embedding has layout {weights.embedding.layout}, expected floats or blocks of ggml")
-    if weights.embedding.layout in BLOCKS and weights.embedding.activations != "a8_g32":
+    if weights.embedding.layout not in (*FLOATS, *BLOCKS, "grouped"):
+        raise ValueError(f"embedding has layout {weights.embedding.layout}, expected floats, blocks of ggml or groups")
+    if weights.embedding.layout not in FLOATS and weights.embedding.activations != "a8_g32":
         raise ValueError(f"embedding has activations {weights.embedding.activations!r}, expected a8_g32")
     if weights.head is not None:
         _check_linear("head", weights.head, (s.vocab_size, s.hidden_size))
@@ -195,6 +220,10 @@ def check(weights: DecoderWeights) -> None:
             _check_linear(f"layers[{i}].{name}", getattr(layer, name), shape)
         for name, size in norms.items():
             _check_norm(f"layers[{i}].{name}", getattr(layer, name), size)
+        if layer.adapter is not None:
+            _check_linear(f"layers[{i}].adapter", layer.adapter, (s.hidden_size, s.hidden_size))
+            if layer.adapter.layout not in FLOATS:
+                raise ValueError(f"layers[{i}].adapter has layout {layer.adapter.layout}, expected floats")
 
 
 def _check_linear(name: str, linear: LinearWeights, shape: tuple[int, int]) -> None:
@@ -220,6 +249,8 @@ def _check_linear(name: str, linear: LinearWeights, shape: tuple[int, int]) -> N
         _check_norm(f"{name}.norm", linear.norm, linear.cols)
     if (linear.groups is not None) != (linear.layout == "grouped"):
         raise ValueError(f"{name} has layout {linear.layout} with{'out' if linear.groups is None else ''} groups")
+    if linear.inputs is not None and linear.activations != "a8_g32":
+        raise ValueError(f"{name} has a grid of inputs, but {linear.layout} with {linear.activations} takes none")
     allowed = _activations(linear.layout)
     if linear.activations not in allowed:
         raise ValueError(f"{name} has activations {linear.activations!r}, expected {' or '.join(map(str, allowed))}")
