@@ -17,7 +17,7 @@ FLOORS = {
     "tensorfile": 3, "gguf": 3, "gguf_writer": 3, "gguf_config": 3, "gguf_model": 3, "llama2c": 3, "sources": 3,
     "inputs": 3, "importer": 3, "hub": 3, "newfolder": 3,
     "difference": 3, "gguf_export": 3, "gguf_check": 3, "gguf_tokenizer": 3, "gguf_vocab": 3,
-    "pretokenizers": 3, "spm": 3, "hf_export": 3, "hf": 3, "hf_hook": 3, "inspection": 3,
+    "pretokenizers": 3, "spm": 3, "hf_export": 3, "foreign": 3, "foreign_export": 3, "hf": 3, "hf_hook": 3, "inspection": 3,
     "methods": 3,
     "engine": 4, "evals": 4, "chat": 4, "template": 4, "template_child": 4,
     "tables": 5, "speed": 5, "cli": 6, "__main__": 7,
@@ -26,7 +26,7 @@ EVERYWHERE = {"config", "results", "files", "jsonfile", "progress", "memory"}
 TORCH_FREE = {"layouts", "tokenizer", "models.config", "models", "data", "checkpoint", "folderfacts", "tables", "cli",
               "tensorfile", "gguf", "gguf_writer", "gguf_config", "gguf_model", "llama2c", "sources", "importer", "hub",
               "difference", "gguf_export",
-              "gguf_check", "gguf_tokenizer", "gguf_vocab", "pretokenizers", "spm", "hf_export", "hf_hook",
+              "gguf_check", "gguf_tokenizer", "gguf_vocab", "pretokenizers", "spm", "hf_export", "foreign", "foreign_export", "hf_hook",
               "inspection", "newfolder", "inputs",
               "chat", "template", "tokenizer_guard", "engine",
               "engine.load", "engine.native", "evals", *EVERYWHERE}  # fmt: skip
