@@ -37,6 +37,7 @@ CODEBOOKS = ("nf4", "nf4_dq", "fp4")
 # Layouts that have a weight_scale, and what layouts may store beside "weight".
 SCALED = ("hf_bitlinear", "hf_autobitlinear", "binary_rows", "dense", "i2_s_x86", "i2_s_arm", *CODEBOOKS)
 EXTRAS = ("weight_scale", "weight_code", "weight_zero", "weight_scale_absmax", "weight_scale_mean")
+FOREIGN = ("gptq", "compressed-tensors")  # quantisers whose folders foreign.py reads as dense
 
 # What transformers itself runs as BitNet; everything else gets a model_type of our own.
 HF_FORMATS = ("ternary", "a8")
@@ -93,8 +94,8 @@ class ModelFolder:
     """An opened model: a folder, or a file that is read as one. Tensors have Hugging Face's names.
 
     layouts: of the matrices that are stored as codes; what is not in it is stored as floats. container: what it was
-    opened from, "folder", "gguf" or "llama2.c". inputs: formats that the inputs of linears are rounded to (inputs.py).
-    adapters: the layers that have one. outlier_threshold: of inputs with "+outliers".
+    opened from, "folder", "gguf", "llama2.c" or one of FOREIGN. inputs: formats that the inputs of linears are rounded
+    to (inputs.py). adapters: the layers that have one. outlier_threshold: of inputs with "+outliers".
     """
 
     path: Path
@@ -208,12 +209,20 @@ def open_folder(folder: Path | str) -> ModelFolder:
         raise ValueError(f"there is no model folder {folder}")
     hf, config = read_config(path)
     q = _quantization(hf) or {}
+    tensors = _tensor_files(path)
+    if q.get("quant_method") in FOREIGN:
+        from .foreign import read_foreign
+
+        layouts, tensors = read_foreign(path, q, config, tensors)
+        opened = ModelFolder(path, config, hf, layouts, tensors, container=str(q["quant_method"]))
+        require_complete(opened)
+        return opened
     opened = ModelFolder(
         path,
         config,
         hf,
         _layouts_of(hf, config),
-        _tensor_files(path),
+        tensors,
         inputs=read_inputs(q, linear_names(config)),
         adapters=read_adapters(q, config.num_hidden_layers),
         outlier_threshold=read_threshold(q),
@@ -280,8 +289,11 @@ def _formats_of(hf: dict[str, Any]) -> tuple[str | None, str | None]:
         if not all(name is None or isinstance(name, str) for name in formats):
             raise ValueError(f"config.json has the formats {shown(formats)}, expected names")
         return formats
+    if method in FOREIGN:
+        return None, None
     if method != "bitnet":
-        raise ValueError(f"config.json has quant_method {shown(method)}; tritkit reads 'bitnet' and 'tritkit'")
+        known = ", ".join(map(repr, ("bitnet", "tritkit", *FOREIGN)))
+        raise ValueError(f"config.json has quant_method {shown(method)}; tritkit reads {known}")
     return "ternary", "a8"
 
 

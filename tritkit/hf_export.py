@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -19,6 +19,7 @@ import numpy as np
 
 from .checkpoint import (
     EMBEDDING,
+    EXTRAS,
     HEAD,
     HF_FORMATS,
     ModelFolder,
@@ -31,6 +32,8 @@ from .checkpoint import (
     write_folder,
 )
 from .files import atomic_open
+from .foreign_export import KINDS as FOREIGN_KINDS
+from .foreign_export import ForeignLinears
 from .gguf_check import SAMPLE, rows_of
 from .layouts import GGML, LAYOUTS, Packed, Unpacked
 from .layouts.translate import TERNARY, Translated, one_scale, pack_ternary, ternary_codes, translate
@@ -41,7 +44,7 @@ from .tensorfile import LazyTensor, StoredTensor
 
 LAYOUT_OF = {"hf-bitlinear": "hf_bitlinear", "hf-autobitlinear": "hf_autobitlinear"}
 DTYPES = {"bf16": "BF16", "float16": "F16", "float32": "F32"}
-KINDS = (*LAYOUT_OF, *DTYPES)
+KINDS = (*LAYOUT_OF, *DTYPES, *FOREIGN_KINDS)
 # How far rounding to a dtype may be from a value: half of the last bit, and float16's smallest step.
 ROUNDING = {"BF16": (2.0**-8, 0.0), "F16": (2.0**-11, 2.0**-25), "F32": (0.0, 0.0)}
 SCALE_ROUNDING = 2.0**-22  # a reciprocal of a reciprocal in float32
@@ -52,7 +55,8 @@ def export_hf(source: ModelFolder, out: Path | str, to: str, overwrite: bool = F
     """Write ``source`` into the folder ``out`` and return a report: what the matrices are, notes, bytes.
 
     to: hf-bitlinear (scales that divide, as Falcon-E and Llama3-8B-1.58 have them), hf-autobitlinear (scales that
-    multiply, as BitNet-b1.58-2B-4T has them), or bf16, float16, float32. ValueError for what transformers cannot
+    multiply, as BitNet-b1.58-2B-4T has them), or bf16, float16, float32, or gptq, gptq_v2, compressed-tensors for
+    integers in groups or rows. ValueError for what transformers cannot
     represent so; OSError where what was written does not read back as it should, and then it is not there.
     """
     out = Path(out)
@@ -63,13 +67,14 @@ def export_hf(source: ModelFolder, out: Path | str, to: str, overwrite: bool = F
     if not out.absolute().parent.is_dir():
         raise ValueError(f"there is no folder {out.absolute().parent} to write {out.name} into")
     words = source.tokenizer()
-    plan = _Ternary(source, LAYOUT_OF[to]) if to in LAYOUT_OF else _Floats(source, DTYPES[to])
+    plan = _plan(source, to)
     tensors = plan.tensors()
     with beside(out) as folder, progress(f"export {out.name}", 2 * len(tensors), "tensors") as advance:
         for name, tensor in source.tensors.items():
             require_finite(source, name, tensor)
-        write_folder(folder, plan.config, tensors, words, plan.layouts, advance)
+        write_folder(folder, plan.config, tensors, words, plan.said_layouts, advance)
         _write_companions(source, folder)
+        plan.write_config(folder)
         _verify(plan, open_folder(folder), advance)
     shown = dict.fromkeys(plan.layouts.values(), len(plan.layouts))
     floats = len(matrix_names(plan.config)) - len(plan.layouts)
@@ -80,8 +85,14 @@ def export_hf(source: ModelFolder, out: Path | str, to: str, overwrite: bool = F
     }
 
 
+def _plan(source: ModelFolder, to: str) -> _Plan:
+    if to in FOREIGN_KINDS:
+        return _Integers(source, to)
+    return _Ternary(source, LAYOUT_OF[to]) if to in LAYOUT_OF else _Floats(source, DTYPES[to])
+
+
 class _Plan:
-    """What becomes of each tensor."""
+    """What becomes of each tensor. layouts: what the linears read back as."""
 
     def __init__(self, source: ModelFolder, dtype: str):
         self.source, self.dtype = source, dtype
@@ -99,6 +110,18 @@ class _Plan:
             if kind == "bias" or (kind == "weight" and module not in matrices):
                 found[name] = self.floats(name, tensor.array.shape, tensor.float32)
         return found
+
+    @property
+    def said_layouts(self) -> Mapping[str, str]:
+        """What the folder is written with: its config.json says of the layouts what we say."""
+        return self.layouts
+
+    def write_config(self, folder: Path) -> None:
+        """What config.json says besides."""
+
+    def holds(self, name: str, written: ModelFolder) -> bool:
+        """Whether the codes of a linear read back as they are."""
+        raise NotImplementedError
 
     def matrix(self, name: str) -> dict[str, StoredTensor | LazyTensor]:
         """The tensors of one matrix by their names: floats, here."""
@@ -220,6 +243,11 @@ class _Ternary(_Plan):
             return LAYOUTS[self.latent_layout].unpack(self.latent[name], matrix_shape(self.config, name))
         return self.source.codes(name) if name in self.source.layouts else ternary_codes(self.source.floats(name))
 
+    def holds(self, name: str, written: ModelFolder) -> bool:
+        wanted, found = one_scale(self.codes(name)), one_scale(written.codes(name))
+        scales = float(wanted.scale[0, 0]), float(found.scale[0, 0])
+        return np.array_equal(wanted.codes, found.codes) and math.isclose(*scales, rel_tol=SCALE_ROUNDING)
+
     def notes(self) -> list[str]:
         found = super().notes()
         if self.source.config.activations is None:
@@ -230,6 +258,33 @@ class _Ternary(_Plan):
         if embedding in ("F16", "F32") and self.dtype == "BF16":
             found.append(f"What is not ternary is bfloat16 now; the embedding was {embedding.lower()}.")
         return found
+
+
+class _Integers(_Plan):
+    """Linears as GPTQ or compressed-tensors packs integers; everything else as floats."""
+
+    def __init__(self, source: ModelFolder, to: str):
+        stored = source.tensors[f"{EMBEDDING}.weight"].dtype
+        super().__init__(source, stored if stored in ("F16", "F32") else "BF16")
+        self.linears = ForeignLinears(source, to)
+        self.config = replace(source.config, weights=None, activations=None, full_precision=())
+        self.layouts = dict.fromkeys(self.linears.names, "dense")
+
+    @property
+    def said_layouts(self) -> Mapping[str, str]:
+        return {}
+
+    def write_config(self, folder: Path) -> None:
+        self.linears.write_config(folder)
+
+    def matrix(self, name: str) -> dict[str, StoredTensor | LazyTensor]:
+        return self.linears.tensors(name) if name in self.layouts else super().matrix(name)
+
+    def holds(self, name: str, written: ModelFolder) -> bool:
+        return self.linears.same(name, written.codes(name))
+
+    def notes(self) -> list[str]:
+        return super().notes() + self.linears.notes()
 
 
 def _write_companions(source: ModelFolder, out: Path) -> None:
@@ -252,11 +307,11 @@ def _verify(plan: _Plan, written: ModelFolder, advance: Callable[[], None]) -> N
     for name, tensor in written.tensors.items():
         module, _, kind = name.rpartition(".")
         advance()
-        if kind == "weight_scale":
+        if kind in EXTRAS:
             continue
         if module in plan.layouts and kind == "weight":
-            assert isinstance(plan, _Ternary)
-            _verify_codes(name, plan.codes(module), written.codes(module))
+            if not plan.holds(module, written):
+                raise OSError(f"{name} does not read back as it was written; the folder was removed")
             continue
         matrix = kind == "weight" and module in matrix_names(plan.config)
         if matrix:
@@ -269,10 +324,3 @@ def _verify(plan: _Plan, written: ModelFolder, advance: Callable[[], None]) -> N
     written_config, config = (replace(c, full_precision=()) for c in (written.config, plan.config))
     if written_config != config or written.layouts != plan.layouts:  # whose layouts say what is full precision
         raise OSError("config.json does not read back as it was written; the folder was removed")
-
-
-def _verify_codes(name: str, wanted: Unpacked, found: Unpacked) -> None:
-    wanted, found = one_scale(wanted), one_scale(found)
-    scales = float(wanted.scale[0, 0]), float(found.scale[0, 0])
-    if not np.array_equal(wanted.codes, found.codes) or not math.isclose(*scales, rel_tol=SCALE_ROUNDING):
-        raise OSError(f"{name} does not read back as it was written; the folder was removed")

@@ -37,7 +37,8 @@ def inspect(source: Path | str, i2_s: str | None = None, linears: bool = False) 
         return {**found, **stranger, "runs": str(error), "tokenizer": None, "per_linear": {}}
     c = model.config
     per_linear: PerLinear = code_shares(model)
-    found["kind"] = {"folder": "model folder", "gguf": "GGUF file", "llama2.c": "llama2.c checkpoint"}[model.container]
+    kinds = {"folder": "model folder", "gguf": "GGUF file", "llama2.c": "llama2.c checkpoint"}
+    found["kind"] = kinds.get(model.container) or f"model folder of {model.container}"
     found["facts"] = {
         **describe(model, per_linear),
         "form": _form(model),
