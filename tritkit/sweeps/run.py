@@ -32,7 +32,7 @@ from ..sources import open_model
 from ..speed import peer
 from ..speed.bench import measure as bench
 from ..speed.measure import Work
-from .estimate import Estimate, Probe, said
+from .estimate import SPEED_SECONDS, Estimate, Probe, method_of, said
 from .settings import DIVERGENCE, Settings
 
 SCHEMA = 1
@@ -192,7 +192,7 @@ class _Sweep:
     def _estimate(self, parent: Model) -> Estimate:
         s, probe = self.settings, Probe.measure(parent, self.texts)
         tokens = sum(len(w.tokens) for text in self.texts.values() for w in text.windows)
-        evaluation = tokens * probe.token + 20.0 * ("speed" in s.suites)
+        evaluation = tokens * probe.token + SPEED_SECONDS * ("speed" in s.suites)
         return Estimate(self.model, probe, evaluation, s.sequences * s.length if s.calibration else 0)
 
     def _reference(self, parent: Model) -> Reference:
@@ -223,6 +223,7 @@ class _Sweep:
         folder = self.work / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)}-{row['digest'][:8]}"
         try:
             made = self._parent() if loaded is None else self._quantised(loaded, folder)
+            row["method"] = "" if loaded is None else method_of(loaded)
             row["metrics"] = made | self._measured(Path(self.settings.model) if loaded is None else folder)
         except Exception as error:  # one recipe must not end a night's work, whatever is wrong with it
             text = " ".join(str(error).split())
@@ -281,7 +282,7 @@ class _Sweep:
         try:
             with peer.model_gguf(model) as (path, _):
                 nll = peer.losses(path, [(w.tokens, w.targets) for w in text.windows], cores)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             return {"peer_refusal": " ".join(str(error).split())}
         found = summary(text, nll, np.ones(len(nll)))
         return {"peer_perplexity": found[f"{text.name}_perplexity"],
