@@ -66,6 +66,7 @@ def sweep(
     todo = [loaded for loaded in wanted if not book.has(loaded)]
     if todo:
         _Sweep(settings, model, book, threads, keep, exact).run(todo, len(wanted))
+    book.order(wanted)
     return book.tree
 
 
@@ -145,6 +146,14 @@ class Book:
         rows = self.tree["rows"]
         rows[:] = [other for other in rows if other["digest"] != row["digest"]] + [row]
         self.save()
+
+    def order(self, wanted: Sequence[LoadedRecipe | None]) -> None:
+        """The rows as their recipes were named, those of other calls behind them."""
+        digests = [PARENT if loaded is None else loaded.digest() for loaded in wanted]
+        before = [row["digest"] for row in self.tree["rows"]]
+        self.tree["rows"].sort(key=lambda r: digests.index(r["digest"]) if r["digest"] in digests else len(digests))
+        if before != [row["digest"] for row in self.tree["rows"]]:
+            self.save()
 
     def save(self) -> None:
         with atomic_open(self.path) as file:
