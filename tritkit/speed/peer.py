@@ -235,7 +235,7 @@ class _Reader(LlamaCpp):
             self.lib.llama_memory_clear(self.memory, True)
             for start in range(0, len(tokens), N_BATCH):
                 ids, scored = tokens[start : start + N_BATCH], targets[start : start + N_BATCH]
-                self.decode_tokens([(0, start + i, target >= 0) for i, target in enumerate(scored)], ids)
+                self.decode_tokens([(0, start + i, bool(target >= 0)) for i, target in enumerate(scored)], ids)
                 for i in np.flatnonzero(scored >= 0):
                     logits = self.logits(int(i)).astype(np.float64)
                     most = logits.max()

@@ -12,7 +12,7 @@ from ..checkpoint import ModelFolder, linear_names, linear_shape
 from ..engine.load import Model
 from ..evals.divergence import compared, logits_of
 from ..evals.perplexity import ScoredText
-from ..methods.quantizer import all_plans, needs_inputs
+from ..methods.quantizer import all_plans, needs_inputs, require_fit
 from ..methods.recipe import LoadedRecipe
 
 SPEED_SECONDS = 20.0  # of the suite speed: processes that start, a second or two of every sample
@@ -86,6 +86,7 @@ class Estimate:
         kind, passes = kind_of(loaded), 0.0
         try:
             plans = all_plans(self.folder, loaded, bool(self.calibration_tokens))
+            require_fit(self.folder, plans)
             passes = 2.0 * any(needs_inputs(plan, loaded) for plan in plans.values())
         except ValueError:  # it will fail, which takes no time
             return 0.0

@@ -32,7 +32,7 @@ from ..sources import open_model
 from ..speed import peer
 from ..speed.bench import measure as bench
 from ..speed.measure import Work
-from .estimate import Estimate, Probe, said
+from .estimate import SPEED_SECONDS, Estimate, Probe, method_of, said
 from .settings import DIVERGENCE, Settings
 
 SCHEMA = 1
@@ -66,6 +66,7 @@ def sweep(
     todo = [loaded for loaded in wanted if not book.has(loaded)]
     if todo:
         _Sweep(settings, model, book, threads, keep, exact).run(todo, len(wanted))
+    book.order(wanted)
     return book.tree
 
 
@@ -146,6 +147,14 @@ class Book:
         rows[:] = [other for other in rows if other["digest"] != row["digest"]] + [row]
         self.save()
 
+    def order(self, wanted: Sequence[LoadedRecipe | None]) -> None:
+        """The rows as their recipes were named, those of other calls behind them."""
+        digests = [PARENT if loaded is None else loaded.digest() for loaded in wanted]
+        before = [row["digest"] for row in self.tree["rows"]]
+        self.tree["rows"].sort(key=lambda r: digests.index(r["digest"]) if r["digest"] in digests else len(digests))
+        if before != [row["digest"] for row in self.tree["rows"]]:
+            self.save()
+
     def save(self) -> None:
         with atomic_open(self.path) as file:
             json.dump(self.tree, file, indent=1)
@@ -192,7 +201,7 @@ class _Sweep:
     def _estimate(self, parent: Model) -> Estimate:
         s, probe = self.settings, Probe.measure(parent, self.texts)
         tokens = sum(len(w.tokens) for text in self.texts.values() for w in text.windows)
-        evaluation = tokens * probe.token + 20.0 * ("speed" in s.suites)
+        evaluation = tokens * probe.token + SPEED_SECONDS * ("speed" in s.suites)
         return Estimate(self.model, probe, evaluation, s.sequences * s.length if s.calibration else 0)
 
     def _reference(self, parent: Model) -> Reference:
@@ -223,6 +232,7 @@ class _Sweep:
         folder = self.work / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)}-{row['digest'][:8]}"
         try:
             made = self._parent() if loaded is None else self._quantised(loaded, folder)
+            row["method"] = "" if loaded is None else method_of(loaded)
             row["metrics"] = made | self._measured(Path(self.settings.model) if loaded is None else folder)
         except Exception as error:  # one recipe must not end a night's work, whatever is wrong with it
             text = " ".join(str(error).split())
@@ -281,7 +291,7 @@ class _Sweep:
         try:
             with peer.model_gguf(model) as (path, _):
                 nll = peer.losses(path, [(w.tokens, w.targets) for w in text.windows], cores)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             return {"peer_refusal": " ".join(str(error).split())}
         found = summary(text, nll, np.ones(len(nll)))
         return {"peer_perplexity": found[f"{text.name}_perplexity"],

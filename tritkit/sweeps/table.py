@@ -30,18 +30,21 @@ def _number(name: str, write: Callable[[Any], str]) -> Callable[[Row], str]:
     return lambda row: "" if row["metrics"].get(name) is None else write(row["metrics"][name])
 
 
+def _recipe(row: Row) -> dict[str, Any]:
+    return tomllib.loads(row["recipe"]) if row["recipe"] else {}
+
+
 def _formats(row: Row) -> str:
-    """The types that its matrices really have; what its activations become."""
-    recipe = tomllib.loads(row["recipe"]) if row["recipe"] else {}
+    """The types that its matrices really have, and what its activations become."""
+    recipe = _recipe(row)
     found = row["metrics"].get("types") or row["metrics"].get("layout", "")
-    if recipe.get("inputs"):
-        found += f"; inputs {recipe['inputs']}" + (f" by {recipe['inputs_range']}" * bool(recipe.get("inputs_range")))
-    return found
+    inputs, range = recipe.get("inputs"), recipe.get("inputs_range")
+    return found + (f"; inputs {inputs}" if inputs else "") + (f" by {range}" if inputs and range else "")
 
 
 def _method(row: Row) -> str:
-    recipe = tomllib.loads(row["recipe"]) if row["recipe"] else {}
-    return " + ".join(recipe[key] for key in ("transform", "method", "correct") if recipe.get(key))
+    recipe = _recipe(row)
+    return " + ".join(part for part in (recipe.get("transform"), row.get("method"), recipe.get("correct")) if part)
 
 
 def _rate(row: Row) -> str:

@@ -1,0 +1,236 @@
+"""A sweep's rows are what quantize and eval give by themselves; it goes on where it was, and refuses before it runs."""
+
+import json
+import shutil
+from collections import namedtuple
+
+import pytest
+
+from tritkit.checkpoint import open_folder
+from tritkit.cli import main
+from tritkit.engine.load import load
+from tritkit.evals import divergence
+from tritkit.evals.perplexity import evaluate
+from tritkit.methods.quantizer import quantize_folder
+from tritkit.methods.recipe import read_recipe
+from tritkit.sweeps import run as module
+from tritkit.sweeps.estimate import Estimate, Probe, kind_of, said
+from tritkit.sweeps.run import sweep
+from tritkit.sweeps.settings import Settings
+from tritkit.sweeps.table import markdown, write_markdown
+
+SIZES = {"intermediate_size": 128, "initializer_range": 0.05}
+RECIPES = {
+    "rtn4": 'format = "int4_g32"\n',
+    "gptq3": 'format = "int3_g32"\nmethod = "gptq"\n',
+    "misfit": 'format = "int4_g48"\n',  # no multiple of 64
+}
+
+
+@pytest.fixture
+def place(make_folder, text_file, tmp_path):
+    """A model, recipes and a calibration text; settings with two chunks and one window of 128 tokens."""
+    model = make_folder("llama", **SIZES)
+    for name, text in RECIPES.items():
+        (tmp_path / f"{name}.toml").write_text(text)
+    calibration = tmp_path / "calibration.txt"
+    calibration.write_text("owls sang and the cat saw the moon while a hill sat on rain. " * 60)
+    settings = Settings(
+        str(model),
+        data=(str(text_file),),
+        chunks=2,
+        windows=1,
+        calibration=(str(calibration),),
+        sequences=4,
+        length=64,
+        engine="torch",
+    )
+    recipes = {name: read_recipe(tmp_path / f"{name}.toml") for name in RECIPES}
+    return namedtuple("Place", "folder settings recipes out")(tmp_path, settings, recipes, tmp_path / "sweep.json")
+
+
+def rows(path):
+    return {row["name"]: row for row in json.loads(path.read_text())["rows"]}
+
+
+def test_rows_are_what_the_verbs_give(place, text_file, tmp_path):
+    s = place.settings
+    sweep(s, list(place.recipes.values()), place.out, keep=True)
+    found = rows(place.out)
+    assert list(found) == ["llama-0", "rtn4", "gptq3", "misfit"]
+    base = found["llama-0"]["metrics"]
+    assert base["divergence_kl"] == 0 and base["divergence_top1"] == 1 and base["bits_per_weight"] == 32
+    assert found["misfit"]["error"].startswith("int4_g48 has groups of 48 columns, but a row of")
+    assert found["misfit"]["metrics"] == {} and found["rtn4"]["error"] is None
+    quantize_folder(s.model, tmp_path / "own", place.recipes["gptq3"], s.calibration, sequences=4, length=64)
+    model, parent = load(tmp_path / "own", "torch"), load(s.model, "torch")
+    wanted = evaluate(model, [str(text_file)], protocol="gptq", limit=127)
+    wanted |= divergence.evaluate(model, [str(text_file)], parent=parent, protocol="llama.cpp", limit=2 * 63)
+    metrics = found["gptq3"]["metrics"]
+    for name, value in wanted.items():
+        if name not in ("eval_tokens_per_second", "divergence_parent"):
+            assert metrics[name] == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value), name
+    assert metrics["divergence_tokens"] == 126 and metrics["gptq_tokens"] == 127
+    assert metrics["types"].startswith("14 int3_g32") and 3 < metrics["bits_per_weight"] < 5
+    assert metrics["quantize_seconds"] > 0 and found["gptq3"]["method"] == "gptq"
+    kept = [p.name for p in (tmp_path / "sweep.work").iterdir()]
+    assert {k.rsplit("-", 1)[0] for k in kept} == {"rtn4", "gptq3"}  # and no logits
+
+
+def test_it_goes_on_where_it_was(place, monkeypatch):
+    made = []
+
+    def quantize(model, out, loaded, *arguments, **options):
+        made.append(loaded.recipe.name)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return quantize_folder(model, out, loaded, *arguments, **options)
+
+    monkeypatch.setattr(module, "quantize_folder", quantize)
+    first, second = place.recipes["rtn4"], place.recipes["gptq3"]
+    with pytest.raises(KeyboardInterrupt):
+        sweep(place.settings, [first, second], place.out)
+    assert list(rows(place.out)) == ["llama-0", "rtn4"]
+    before = rows(place.out)["rtn4"]
+    sweep(place.settings, [second, first], place.out)
+    assert made == ["rtn4", "gptq3", "gptq3"]
+    assert list(rows(place.out)) == ["llama-0", "gptq3", "rtn4"] and rows(place.out)["rtn4"] == before
+    assert not place.out.with_suffix(".work").exists()
+    sweep(place.settings, [first, second], place.out, exact=["rtn4"])  # nothing is left to do
+    assert len(made) == 3 and rows(place.out)["rtn4"]["exact"] and not rows(place.out)["gptq3"]["exact"]
+
+
+def test_a_failed_row_is_tried_again(place, monkeypatch):
+    def broken(*_, **__):
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "quantize_folder", broken)
+        sweep(place.settings, [place.recipes["rtn4"]], place.out)
+    assert rows(place.out)["rtn4"]["error"] == "MemoryError: no room"
+    sweep(place.settings, [place.recipes["rtn4"]], place.out)
+    assert rows(place.out)["rtn4"]["error"] is None
+
+
+def test_a_folder_that_was_quantised_before_the_stop_is_used(place, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "score", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            sweep(place.settings, [], place.out)  # in the middle of the model's own row
+    sweep(place.settings, [], place.out)
+    loaded = place.recipes["rtn4"]
+    folder = place.out.with_suffix(".work") / f"rtn4-{loaded.digest()[:8]}"
+    seconds = quantize_folder(place.settings.model, folder, loaded)["quantize_seconds"]
+    sweep(place.settings, [loaded], place.out)
+    assert rows(place.out)["rtn4"]["metrics"]["quantize_seconds"] == seconds
+
+
+def test_without_room_for_logits_the_parent_runs_again(place, monkeypatch):
+    sweep(place.settings, [place.recipes["rtn4"]], place.out)
+    usage = namedtuple("usage", "free")(1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(module, "keep_logits", None)
+    other = place.out.with_name("other.json")
+    sweep(place.settings, [place.recipes["rtn4"]], other)
+    kl = [rows(path)["rtn4"]["metrics"]["divergence_kl"] for path in (place.out, other)]
+    assert kl[0] == pytest.approx(kl[1], rel=1e-6) and kl[0] > 0
+
+
+def test_other_settings_are_another_sweep(place):
+    sweep(place.settings, [], place.out)
+    before = place.out.read_bytes()
+    for change, words in (({"chunks": 3}, "have --chunks 2, not 3"), ({"suites": ("perplexity",)}, "have --suites")):
+        changed = Settings(**{**vars(place.settings), **change})
+        with pytest.raises(ValueError, match=words):
+            sweep(changed, [], place.out)
+    place.out.write_text('{"schema": 1, "runs": []}')
+    with pytest.raises(ValueError, match="is no file of a sweep"):
+        sweep(place.settings, [], place.out)
+    assert before
+
+
+REFUSED = {
+    "suite": (["--suites", "perplexity,divergense"], "no suite 'divergense'; did you mean 'divergence'?"),
+    "no suite": (["--suites", ","], "--suites is empty"),
+    "recipe": (["nofile.toml"], "nofile.toml"),
+    "short": (["--data", "{short}"], "shorter than one window"),
+    "calibration": (["{gptq3}"], "gptq3: the method gptq needs calibration data"),
+    "short calibration": (["{gptq3}", "--calibration", "{short}"], "the calibration text has"),
+    "same text": (["--data", "{text}", "--calibration", "{text}"], "is both calibration and test"),
+    "out": (["--out", "sweep.txt"], "expected a name that ends in .json"),
+    "nowhere": (["--out", "nowhere/sweep.json"], "there is no folder"),
+    "twice": (["{rtn4}", "{rtn4}"], "two recipes are named 'rtn4'"),
+    "exact": (["{rtn4}", "--exact", "rtn5"], "--exact rtn5 is none of the recipes: rtn4"),
+    "chunks": (["--chunks", "-1"], "--chunks is -1"),
+    "markdown": (["--markdown", "{short}"], "has no place for the table"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_is_refused_before_anything_runs(place, text_file, capsys, case):
+    arguments, words = REFUSED[case]
+    (place.folder / "short.txt").write_text("the cat")
+    names = {"text": text_file, "short": place.folder / "short.txt"}
+    names |= {name: place.folder / f"{name}.toml" for name in RECIPES}
+    given = ["sweep", place.settings.model, *(a.format(**names) for a in arguments), "--engine", "torch"]
+    given += [] if "--out" in arguments else ["--out", str(place.out)]
+    given += [] if "--data" in arguments else ["--data", str(text_file)]
+    before = sorted(p.name for p in place.folder.iterdir())
+    assert main(given) == 2
+    assert words in capsys.readouterr().err
+    assert sorted(p.name for p in place.folder.iterdir()) == before
+
+
+def test_the_verb_prints_and_writes_the_table(place, text_file, capsys, monkeypatch):
+    monkeypatch.setattr(module, "decode_rate", lambda *_: (321.0, 2.0))  # many seconds for each row
+    document = place.folder / "doc.md"
+    document.write_text("# Title\n\n<!-- sweep -->\nold\n<!-- /sweep -->\nbehind\n")
+    recipes = [str(place.folder / f"{name}.toml") for name in ("rtn4", "misfit")]
+    options = ["--data", str(text_file), "--chunks", "1", "--windows", "1", "--suites", "perplexity,divergence,speed"]
+    options += ["--exact", "rtn4", "--out", str(place.out), "--markdown", str(document), "--threads", "1"]
+    assert main(["sweep", place.settings.model, *recipes, *options]) == 0
+    shown = capsys.readouterr()
+    assert "3 rows to do, about" in shown.err and "2/3 rtn4: perplexity" in shown.err and "left" in shown.err
+    assert "rtn4 †" in shown.out and "misfit failed: int4_g48 has groups of 48" in shown.out
+    text = document.read_text()
+    assert text.startswith("# Title\n\n<!-- sweep -->\n| recipe | matrices |") and text.endswith("behind\n")
+    assert "old" not in text and "exact by construction" in text
+    metrics = rows(place.out)["rtn4"]["metrics"]
+    assert f"± {metrics['llama_cpp_perplexity_error']:.3f} |" in text and "| 321" in text
+    tree = json.loads(place.out.read_text())
+    write_markdown(tree, place.folder / "new.md")
+    assert markdown(tree) in (place.folder / "new.md").read_text()
+    header, line, *body = markdown(tree).split("\n\n")[0].splitlines()
+    assert {header.count("|"), line.count("|"), *(row.count("|") for row in body)} == {header.count("|")}
+
+
+def test_the_suite_speed_is_bench(make_folder):
+    folder = make_folder("llama", **SIZES)
+    rate, sd = module.decode_rate(folder, open_folder(folder).config, "native", 1, {"kv_bits": 8, "head": None})
+    assert rate > 10 and sd >= 0
+
+
+def test_rows_that_are_done_correct_the_estimate(place):
+    folder = load(place.settings.model, "torch").folder
+    estimate = Estimate(folder, Probe(1e-3, 1e-9, 1e-8), 10.0, 256)
+    rtn, gptq = place.recipes["rtn4"], place.recipes["gptq3"]
+    assert kind_of(None) == "none" and kind_of(rtn) == "rtn" and kind_of(gptq) == "gptq"
+    assert estimate.predicted(None) == 10 < estimate.predicted(rtn) < estimate.predicted(gptq)
+    assert estimate.predicted(place.recipes["misfit"]) == 0
+    assert estimate.left([None, rtn]) == pytest.approx(estimate.predicted(rtn) + 10)
+    estimate.learn(None, 20.0)
+    assert estimate.left([None, gptq]) == pytest.approx(20 + 2 * estimate.predicted(gptq))
+    estimate.learn(gptq, 0.5 * estimate.predicted(gptq))
+    assert estimate.left([gptq]) == pytest.approx(0.5 * estimate.predicted(gptq))
+    assert [said(s) for s in (5, 600, 9000)] == ["5 s", "10 min", "2.5 h"]
+
+
+@pytest.mark.interop
+@pytest.mark.filterwarnings("ignore")
+def test_llama_cpps_perplexity_stands_beside_ours(place):
+    pytest.importorskip("llama_cpp")
+    settings = Settings(**{**vars(place.settings), "peer": "llama.cpp"})
+    sweep(settings, [place.recipes["rtn4"]], place.out)
+    base, other = rows(place.out)["llama-0"]["metrics"], rows(place.out)["rtn4"]["metrics"]
+    assert base["peer_perplexity"] == pytest.approx(base["llama_cpp_perplexity"], rel=1e-3)
+    assert "GGUF has no type for" in other["peer_refusal"]
