@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from ..checkpoint import CODEBOOKS
 from ..inputs import NAMED, InputFormat
 from ..layouts import LAYOUTS, Packed
 from ..layouts.base import chunks
 from .weights import Groups, Inputs
 
-TABLES = ("nf4", "nf4_dq", "fp4")
 # Tables of numbers are int16 in the engine. Of all factors this one brings NF4's numbers nearest to integers: they are
 # off by 3.6e-6 (rms) of the largest, which is 1; twice E2M1's are integers as they are.
 FACTORS = {"nf4": 25544.95, "nf4_dq": 25544.95, "fp4": 2.0}
@@ -21,7 +21,7 @@ STRIP = 32  # groups of inputs are
 
 def grouped(layout: str, arrays: dict[str, np.ndarray], shape: tuple[int, int]) -> tuple[np.ndarray, Groups, float]:
     """The codes as they lie, what they mean, and a scale for all of them; ValueError for what has no native form."""
-    if layout in TABLES:
+    if layout in CODEBOOKS:
         data, groups, scale = _of_table(layout, arrays, shape)
     else:
         data, groups, scale = _of_dense(arrays, shape)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..checkpoint import EMBEDDING, HEAD, ModelFolder, linear_names, linear_shape
+from ..checkpoint import CODEBOOKS, EMBEDDING, HEAD, ModelFolder, linear_names, linear_shape
 from ..gguf_model import shared_scale
 from ..inputs import input_format
 from ..jsonfile import shown
@@ -18,11 +18,11 @@ from ..sources import open_model
 from ..tensorfile import StoredTensor
 from ..tokenizer import Tokenizer
 from . import Engine
-from .codes import TABLES, grouped, inputs_of, rows_of
+from .codes import grouped, inputs_of, rows_of
 from .weights import BLOCKS, DecoderShape, DecoderWeights, Inputs, LayerWeights, LinearWeights
 
 FLOAT_LAYOUTS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
-OWN_CODES = ("dense", *TABLES)
+OWN_CODES = ("dense", *CODEBOOKS)
 LINEARS = {
     "q": "self_attn.q_proj",
     "k": "self_attn.k_proj",

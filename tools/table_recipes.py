@@ -1,0 +1,60 @@
+"""The recipes of the table in docs/quantisation.md, a file for each row.
+
+python tools/table_recipes.py OUT
+tritkit sweep models/smol OUT/*.toml --calibration TEXT --data TEST --suites perplexity,divergence,speed --out sweep.json
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+MIXES = ("q8_0", "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k")
+RANGES = ("absmax", "percentile", "mse", "entropy")
+SEARCH = {8: "q8_0", 5: "q5_0", 4: "q4_0"}  # those that SmolLM2's rows of 576 can be cut into
+
+
+def rows() -> dict[str, str]:
+    """TOML by name, in the order of the table."""
+    found = {}
+    for bits in (8, 6, 5, 4, 3, 2):
+        for group in ("g64", "row"):
+            format = f'format = "int{bits}_{group}"\n'
+            for method in ("rtn", "gptq"):
+                found[f"int{bits}_{group}_{method}"] = f'{format}method = "{method}"\n'
+                found[f"int{bits}_{group}_{method}_qwt"] = f'{format}method = "{method}"\ncorrect = "qwt"\n'
+        if bits in SEARCH:
+            found[f"{SEARCH[bits]}_search"] = f'format = "{SEARCH[bits]}"\nmethod = "search"\n'
+            found[f"{SEARCH[bits]}_search_qwt"] = f'format = "{SEARCH[bits]}"\nmethod = "search"\ncorrect = "qwt"\n'
+    found |= {f"mix_{mix}": f'mix = "{mix}"\nimportance = false\n' for mix in MIXES}
+    found |= {f"mix_{mix}_imatrix": f'mix = "{mix}"\n' for mix in ("q4_k_m", "q3_k_m", "q2_k")}
+    found |= {name: f'format = "{name}"\n' for name in ("nf4", "nf4_dq", "fp4")}
+    found["q4_1_search"] = 'format = "q4_1"\nexact = true\n'
+    found["int4_g32_asym_rtn"] = 'format = "int4_g32_asym"\nexact = true\n'
+    found["llm_int8"] = 'format = "int8_row"\ninputs = "int8_row+outliers"\n'
+    found["w8a8_dynamic"] = 'format = "int8_row"\ninputs = "int8_row"\n'
+    for method in RANGES:
+        found[f"w8a8_static_{method}"] = f'format = "int8_row"\ninputs = "int8_tensor"\ninputs_range = "{method}"\n'
+    found["w8a8_static_absmax_smoothquant"] = found["w8a8_static_absmax"] + 'transform = "smoothquant"\n'
+    found["int4_g64_awq"] = 'format = "int4_g64"\ntransform = "awq"\n'
+    found["int3_g64_awq"] = 'format = "int3_g64"\ntransform = "awq"\n'
+    found["bits_3.5"] = "[budget]\nbits = 3.5\n"
+    found["bits_3.5_gptq"] = 'method = "gptq"\n[budget]\nbits = 3.5\n'
+    found["ternary_rtn"] = 'format = "ternary"\n'
+    found["ternary_gptq"] = 'format = "ternary"\nmethod = "gptq"\n'
+    found["binary_gptq"] = 'format = "binary"\nmethod = "gptq"\n'
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the recipes")
+    out = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
+    for name, text in rows().items():
+        (out / f"{name}.toml").write_text(f'name = "{name}"\n{text}')
+    print(f"{len(rows())} recipes in {out}")
+
+
+if __name__ == "__main__":
+    main()
