@@ -14,6 +14,7 @@ from tritkit import results
 from tritkit.checkpoint import linear_names, open_folder, write_folder
 from tritkit.engine.torch import model_of
 from tritkit.formats import format_of
+from tritkit.methods.calibration import read_calibration
 from tritkit.methods.quantizer import quantize_folder
 from tritkit.methods.recipe import read_recipe
 from tritkit.models.config import ModelConfig
@@ -26,6 +27,7 @@ SIZES = {
     "max_position_embeddings": 64,
 }  # fmt: skip
 SHORT = {"sequences": 4, "length": 32}
+LONG = {"sequences": 48, "length": 64}
 
 
 @pytest.fixture(scope="module")
@@ -138,11 +140,11 @@ def test_static_ranges_are_stored(folder, tmp_path, text):
 
 
 def test_qwt_is_stored_and_counted(folder, tmp_path, text):
-    settings = {"format": "int2_g32", "qwt.check": "false"}
-    quantize_folder(folder, tmp_path / "plain", recipe(**settings), [text], **SHORT)
-    metrics = quantize_folder(folder, tmp_path / "q", recipe(correct="qwt", **settings), [text], **SHORT)
+    settings = {"format": "int2_g32", "qwt.check": "false", "qwt.ridge": "0.1"}
+    quantize_folder(folder, tmp_path / "plain", recipe(**settings), [text], **LONG)
+    metrics = quantize_folder(folder, tmp_path / "q", recipe(correct="qwt", **settings), [text], **LONG)
     opened = open_folder(tmp_path / "q")
-    assert metrics["adapters"] == len(opened.adapters)
+    assert metrics["adapters"] == len(opened.adapters) > 0
     (run,) = results.read(tmp_path / "q")
     reports = {n: r for n, r in run["per_linear"].items() if n.endswith(".adapter")}
     assert len(reports) == 3 and all({"r2", "r2_held_out", "kept"} <= set(r) for r in reports.values())
@@ -158,6 +160,21 @@ def test_qwt_terms_stay_only_where_the_divergence_falls(folder, tmp_path, text):
     for name, report in run["per_linear"].items():
         if name.endswith(".adapter") and "divergence_before" in report:
             assert report["kept"] == (report["divergence_after"] < report["divergence_before"])
+
+
+def test_qwt_terms_can_be_trained_on(folder, tmp_path, text):
+    settings = {"format": "int2_g32", "correct": "qwt", "qwt.check": "false", "qwt.ridge": "0.1"}
+    quantize_folder(folder, tmp_path / "plain", recipe(**settings), [text], **LONG)
+    quantize_folder(folder, tmp_path / "q", recipe(**settings, **{"qwt.finetune": 2, "qwt.rate": 1e-3}), [text], **LONG)
+    plain, tuned = open_folder(tmp_path / "plain"), open_folder(tmp_path / "q")
+    assert plain.adapters == tuned.adapters and plain.adapters
+    terms = [[m.tensors[f"model.layers.{i}.adapter.weight"].array for i in m.adapters] for m in (plain, tuned)]
+    assert any(not np.array_equal(a, b) for a, b in zip(*terms, strict=True))
+    assert all(t.dtype == np.float16 for t in terms[1])
+    tokens = read_calibration(plain.tokenizer(), [text], 48, 64, 6).fit
+    with torch.no_grad():
+        losses = [float(model_of(m).loss(tokens[:, :-1], tokens[:, 1:])) for m in (plain, tuned)]
+    assert losses[1] < losses[0]
 
 
 def test_a_budget_is_kept_and_used(folder, tmp_path, text):
@@ -182,6 +199,7 @@ def test_embedding_and_rules(folder, tmp_path):
 KILLED = """
 import sys, time
 from tritkit.methods import layerwise
+from tritkit.methods.calibration import read_calibration
 from tritkit.methods.quantizer import quantize_folder
 from tritkit.methods.recipe import read_recipe
 inner, seen = layerwise.Layerwise._layer, []

@@ -121,3 +121,25 @@ def test_without_calibration_it_says_so():
     model, _, _ = a_model()
     with pytest.raises(ValueError, match="qwt needs calibration data"):
         quantize(model, read_recipe(None, {"format": "int3_row", "correct": "qwt"}))
+
+
+@pytest.mark.parametrize("inputs", [{}, {"inputs": "int4_row"}])
+def test_finetuning_the_terms_brings_the_outputs_nearer(inputs):
+    settings = {"format": "int3_row", "correct": "qwt", **inputs}
+    compensated, _, _ = error_after(**settings)
+    tuned, report, model = error_after(**settings, **{"qwt.finetune": "4", "qwt.rate": "1e-3"})
+    assert (
+        report["finetune"]["kept"] and report["finetune"]["divergence_after"] < report["finetune"]["divergence_before"]
+    )
+    assert tuned < 0.985 * compensated
+    assert all(b.adapter.weight.dtype == torch.float16 for b in model.blocks if hasattr(b, "adapter"))
+
+
+def test_finetuning_that_does_harm_is_taken_back():
+    settings = {"format": "int3_row", "correct": "qwt"}
+    compensated, _, before = error_after(**settings)
+    tuned, report, after = error_after(**settings, **{"qwt.finetune": "1", "qwt.rate": "10.0"})
+    assert not report["finetune"]["kept"] and tuned == compensated
+    assert all(
+        torch.equal(a.adapter.weight, b.adapter.weight) for a, b in zip(before.blocks, after.blocks, strict=True)
+    )

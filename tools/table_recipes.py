@@ -1,7 +1,7 @@
 """The recipes of the table in docs/quantisation.md, a file for each row.
 
 python tools/table_recipes.py OUT
-tritkit sweep models/smol OUT/*.toml --calibration TEXT --data TEST --suites perplexity,divergence,speed --out sweep.json
+tritkit sweep MODEL OUT/*.toml --calibration TEXT --data TEST --out sweep.json
 """
 
 from __future__ import annotations

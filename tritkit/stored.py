@@ -76,7 +76,13 @@ class InputQuantizer(nn.Module):
         return self.format.encode(x_rgk, grid), grid
 
     def forward(self, x: Tensor) -> Tensor:
-        """The rounded values."""
+        """The rounded values; where a gradient is wanted it goes straight through."""
+        rounded = self._rounded(x)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return x + (rounded - x).detach()
+        return rounded
+
+    def _rounded(self, x: Tensor) -> Tensor:
         if self.outliers is None:
             codes, grid = self.encode(x)
             return self.format.decode(codes, grid).reshape(x.shape)

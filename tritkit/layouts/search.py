@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from tritkit import _native
+
 from . import GGML, Packed
 
 SEARCHES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "tq1_0", "tq2_0")
@@ -22,8 +24,6 @@ def quantize(name: str, w: np.ndarray, importance: np.ndarray | None = None, thr
     one for each core. ValueError for another name, rows that are no whole blocks, weights or importance that are not
     finite, and weights too large for float16 scales.
     """
-    from tritkit import _native
-
     if name not in SEARCHES:
         raise ValueError(f"there is no quantiser for {name!r}; known are {', '.join(SEARCHES)}")
     if w.ndim != 2:
@@ -42,7 +42,7 @@ def quantize(name: str, w: np.ndarray, importance: np.ndarray | None = None, thr
             raise ValueError(f"importance wants the shape ({w.shape[1]},), one number a column, not {importance.shape}")
         if not (np.isfinite(importance).all() and (importance >= 0).all()):
             raise ValueError("importance holds finite numbers that are not negative, but some of these are not")
-    rows = _native.quantize_blocks(name, w, importance, threads)
+    rows = _native.quantize_blocks(name, w, importance, threads)  # type: ignore[attr-defined]
     if GGML[name].nonfinite(Packed({"weight": rows})):
         raise ValueError(f"{name} holds scales as float16, at most 65504, but these weights are too large for that")
     return rows

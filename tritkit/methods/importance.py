@@ -14,6 +14,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -92,8 +93,8 @@ class Importance:
         tensors = {}
         for key in sorted(self.sums):
             sums, count = self.sums[key].astype(np.float32)[None], np.array([[self.tokens[key]]], np.float32)
-            tensors[key + SUMS] = NewTensor("f32", sums.shape, lambda sums=sums: sums)
-            tensors[key + COUNTS] = NewTensor("f32", count.shape, lambda count=count: count)
+            tensors[key + SUMS] = NewTensor("f32", sums.shape, partial(np.asarray, sums))
+            tensors[key + COUNTS] = NewTensor("f32", count.shape, partial(np.asarray, count))
         write_gguf(path, metadata, tensors)
 
     def _legacy_parts(self) -> Iterator[bytes]:

@@ -11,18 +11,20 @@ from torch import Tensor
 
 from ..checkpoint import EMBEDDING, HEAD, ModelFolder, linear_names, matrix_shape
 from ..layouts import LAYOUTS
+from ..models.transformer import Layer
 from ..progress import progress
 from ..stored import InputQuantizer
 from ..tensorfile import StoredTensor, TensorFile
 from . import METHODS, rtn
 from .blocks import BlockJob, collect, install, parameter_of
 from .calibration import Calibration
+from .finetune import finetune
 from .partial import Partial, stored
 from .qwt import Compensation
 from .recipe import LoadedRecipe, Plan
 from .record import record_of
 from .steps import Step, run_block
-from .stream import DecoderStream
+from .stream import STRIP, DecoderStream
 from .transforms import apply, folds, require_same, scale_of
 
 CHECKED_TOKENS = 512  # of each held-out sequence: what the divergence of the whole model is measured on
@@ -173,6 +175,15 @@ class Layerwise:
         self.records |= self.partial.record(str(number)) or {}
         if not inputs:
             return Step([], [])
+        layer = self._finished(number)
+
+        def through(states: list) -> list[Tensor]:
+            return [self.stream.call(layer, i, x) for i, x in enumerate(states)]
+
+        return Step(through(inputs), through(held))
+
+    def _finished(self, number: int) -> Layer:
+        """A layer as its part has it, dequantised, with its compensation."""
         at, tensors = f"model.layers.{number}.", self.partial.tensors(str(number))
         layer = self.stream.layer(number)
         for name in (n for n in linear_names(self.model.config) if n.startswith(at)):
@@ -184,24 +195,58 @@ class Layerwise:
             quantizer = self._input_quantizer(plan, name, tensors)
             if quantizer is not None:
                 install(module, quantizer)
+        coded = {name for name, plan in self.plans.items() if plan.format is not None}
         for name, parameter in layer.named_parameters():
-            if (
-                at + name in tensors
-                and tensors[at + name].dtype == "F32"
-                and parameter.shape == tensors[at + name].array.shape
-            ):
+            if at + name in tensors and (at + name).removesuffix(".weight") not in coded:
                 parameter.data = torch.from_numpy(tensors[at + name].float32())
-        found: list[list[Tensor]] = []
-        for states in (inputs, held):
-            ys = [self.stream.call(layer, i, x) for i, x in enumerate(states)]
-            if f"{at}adapter.weight" in tensors:
-                term = Compensation(
-                    torch.from_numpy(np.array(tensors[f"{at}adapter.weight"].array)),
-                    torch.from_numpy(tensors[f"{at}adapter.bias"].float32()),
-                )
-                ys = [y + term(x) for x, y in zip(states, ys, strict=True)]
-            found.append(ys)
-        return Step(found[0], found[1])
+        if f"{at}adapter.weight" in tensors:
+            weight = torch.from_numpy(np.array(tensors[f"{at}adapter.weight"].array))
+            layer.adapter = Compensation(weight, torch.from_numpy(tensors[f"{at}adapter.bias"].float32())).module()
+        return layer
+
+    def finetune(self) -> dict[str, Any] | None:
+        """QwT*: train the terms on the calibration tokens, by the loss of the next token; None where there is none.
+
+        All layers are in memory for it.
+        """
+        count = self.model.config.num_hidden_layers
+        layers = [self._finished(number) for number in range(count)]
+        adapters = {number: layer.adapter for number, layer in enumerate(layers) if layer.adapter is not None}
+        data = self.data
+        if not adapters or data is None or not len(data.held_out):
+            return None
+        table = self._tables()
+
+        def loss_of(tokens: Tensor) -> Tensor:
+            x = self.stream.embed(tokens, table)
+            for layer in layers:
+                x = self.stream.call(layer, 0, x)
+            pieces = self.stream.log_probabilities(x[:, :-1])
+            targets = tokens[:, 1:].flatten().split(STRIP)
+            total = [p.gather(1, t[:, None]).sum() for p, t in zip(pieces, targets, strict=True)]
+            return -torch.stack(total).sum() / tokens[:, 1:].numel()
+
+        @torch.no_grad()
+        def judge() -> float:
+            return sum(float(loss_of(t[None])) for t in data.held_out) / len(data.held_out)
+
+        options = self.loaded.recipe.qwt
+        report = finetune(
+            list(adapters.values()),
+            lambda i: loss_of(data.fit[i][None]),
+            len(data.fit),
+            judge,
+            options.finetune,
+            options.rate,
+        )
+        if report["kept"]:
+            tensors: dict[str, StoredTensor] = {}
+            for number, adapter in adapters.items():
+                at = f"model.layers.{number}.adapter"
+                tensors[f"{at}.weight"] = StoredTensor("F16", adapter.weight.detach().numpy())
+                tensors[f"{at}.bias"] = StoredTensor("F32", adapter.bias.detach().numpy())
+            self.partial.keep("finetuned", tensors, {})
+        return report
 
     def _input_quantizer(self, plan: Plan, name: str, tensors: TensorFile) -> InputQuantizer | None:
         format = plan.input_format

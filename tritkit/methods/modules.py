@@ -19,6 +19,7 @@ from ..progress import progress
 from ..stored import StoredLinear
 from . import rtn
 from .blocks import BlockJob, Quantised, is_matrix, parameter_of
+from .finetune import finetune
 from .recipe import LoadedRecipe, check, plans_of, read_recipe
 from .steps import run_block
 
@@ -146,12 +147,15 @@ class _Modules:
                 advance()
         for name, found in done.items():
             self._store(name, found)
+        kept = [self.blocks[name].get_submodule("adapter") for name, entry in adapters.items() if entry["kept"]]
+        tuned = self._finetune(kept, wanted) if self.recipe.qwt.finetune and kept and held else None
         weights = sum(q.weight.codes.numel() for q in done.values() if q.weight is not None)
         size = sum(rtn.packed(q.weight).nbytes for q in done.values() if q.weight is not None)
         added = sum(a.get("bytes", 0) for a in adapters.values())
         return {
             "per_linear": records,
             "adapters": adapters,
+            "finetune": tuned,
             "bytes": size + added,
             "adapter_bytes": added,
             "bits_per_weight": 8 * (size + added) / max(weights, 1),
@@ -186,9 +190,10 @@ class _Modules:
                 watch.end()
             states.append(watch.inputs[first])
             self.calls.append(watch.calls)
-            if number >= self.fitted:
+            if number >= self.fitted or self.recipe.qwt.finetune:
                 wanted.append(_result(output))
-        return states, wanted
+        self.teacher = wanted[: len(wanted) - (len(self.batches) - self.fitted)]
+        return states, wanted[len(self.teacher) :]
 
     def _call_of(self, name: str):
         def call(block: nn.Module, number: int, x: Tensor) -> Tensor:
@@ -205,14 +210,31 @@ class _Modules:
             for i, (state, reference) in enumerate(zip(states, wanted, strict=True)):
                 replace = block.register_forward_hook(lambda m, args, output, state=state: _with(output, state))
                 try:
-                    output = self._forward(self.batches[self.fitted + i])
+                    total += float(self._measure(self.fitted + i, reference))
                 finally:
                     replace.remove()
-                measure = self.distance or (_divergence if hasattr(output, "logits") else _squared_error)
-                total += float(measure(reference, _result(output)))
             return total / max(len(states), 1)
 
         return judge
+
+    def _measure(self, number: int, wanted: Tensor) -> Tensor:
+        """The distance of the model's output for a batch, as the model is now."""
+        output = self._forward(self.batches[number])
+        measure = self.distance or (_divergence if hasattr(output, "logits") else _squared_error)
+        return measure(wanted, _result(output))
+
+    def _finetune(self, adapters: list[nn.Module], wanted: list[Tensor]) -> dict[str, Any]:
+        """Train the terms towards the outputs of the float model."""
+
+        def judge() -> float:
+            return sum(float(self._measure(self.fitted + i, w)) for i, w in enumerate(wanted)) / len(wanted)
+
+        options = self.recipe.qwt
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(False)
+        return finetune(
+            adapters, lambda i: self._measure(i, self.teacher[i]), self.fitted, judge, options.finetune, options.rate
+        )
 
     def _install(self, block: nn.Module, term: Any) -> int:
         """The compensation as a part of the block; its size in bytes."""

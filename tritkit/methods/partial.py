@@ -82,7 +82,8 @@ class Partial:
         """In the order in which a file of the model would have them."""
         numbers = sorted(int(p.stem) for p in self.folder.glob("*.json") if p.stem.isdigit())
         tables = [name for name in (EMBEDDING, HEAD) if self.record(name) is not None]
-        return [*tables, *map(str, numbers)]
+        tuned = ["finetuned"] if self.record("finetuned") is not None else []  # over what the layers have
+        return [*tables, *map(str, numbers), *tuned]
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -87,6 +87,8 @@ def quantize_folder(
     require_fit(model, plans)
     quantizer = Layerwise(model, loaded, plans, data, Partial.begin(out, model, loaded, data))
     quantizer.run()
+    if loaded.recipe.correct and loaded.recipe.qwt.finetune:
+        quantizer.finetune()
     metrics = _write(model, out, loaded, plans, quantizer, calibration, began)
     quantizer.partial.remove()
     return metrics
