@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
+import tritkit._native as _native
+
 from . import GGML, Packed
 
 SEARCHES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "tq1_0", "tq2_0")
@@ -22,8 +24,6 @@ def quantize(name: str, w: np.ndarray, importance: np.ndarray | None = None, thr
     one for each core. ValueError for another name, rows that are no whole blocks, weights or importance that are not
     finite, and weights too large for float16 scales.
     """
-    from tritkit import _native
-
     if name not in SEARCHES:
         raise ValueError(f"there is no quantiser for {name!r}; known are {', '.join(SEARCHES)}")
     if w.ndim != 2:
