@@ -73,7 +73,7 @@ sanitize: $(INSTALLED) ## the kernel tests under the address, undefined-behaviou
 neon: ## the kernel tests for 64-bit ARM, cross-compiled and emulated
 	@mkdir -p build
 	$(NEON_CXX) -std=c++17 -O2 -ffp-contract=off -Wall -Wextra -pthread \
-	    $(filter-out csrc/bindings.cpp,$(wildcard csrc/*.cpp)) -o build/test_kernels_neon
+	    $(filter-out $(wildcard csrc/bindings*.cpp),$(wildcard csrc/*.cpp)) -o build/test_kernels_neon
 	$(NEON_RUN) build/test_kernels_neon
 
 lint: $(INSTALLED) ## ruff, mypy, clang-format; changes nothing

@@ -8,6 +8,7 @@
 
 #include "decoder.h"
 #include "floats.h"
+#include "ggml_quantize.h"
 #include "grouped.h"
 
 using namespace tritkit;
@@ -873,6 +874,54 @@ void test_machine(const char* isa) {
     expect(kernels.integer_peak(3) == 3 * kernels.integer_peak(1), "integer_peak", isa, 3, 0, 0);
 }
 
+/// Bytes of every type of ggml for the same weights on every CPU, as a hash (FNV-1a). On x86-64 they are llama.cpp's
+/// (tests/test_search.py), so these numbers say that they are that everywhere.
+void test_quantizers() {
+    struct Expected {
+        const char* name;
+        uint64_t plain, weighed;
+    };
+    static const Expected all[] = {
+        {"q4_0", 0x6a22d5478910be84, 0x979b73dd7b5c9f55},  {"q4_1", 0x8f97342f3e17085e, 0xcf7c0c51ec9f810e},
+        {"q5_0", 0xdd2afcee7160f304, 0xe45d5ad29b7e4481},  {"q5_1", 0x65ea0f3ffe8dd9cf, 0x13df472ee54a948f},
+        {"q8_0", 0x713de6546fe07c51, 0x713de6546fe07c51},  {"q2_k", 0x3d9c65c0e6aa3666, 0x4d89f36edc50a737},
+        {"q3_k", 0x105c5d671838c971, 0xa7fb0c8fc43bcd71},  {"q4_k", 0xdf9bedd252c96738, 0xe9bef92dcb8a61a9},
+        {"q5_k", 0xf0b4b1a9f7859864, 0x69f57dd0863a78d2},  {"q6_k", 0x6a4868bd01cf8cc3, 0x10c299f4bca6b074},
+        {"tq1_0", 0xa6432c2b3b8b1157, 0xa6432c2b3b8b1157}, {"tq2_0", 0x67348f0739d5cdf4, 0x67348f0739d5cdf4},
+    };
+    constexpr int rows = 24, columns = 768;
+    uint64_t state = 1;
+    const auto uniform = [&] {  // in (-1, 1), whole multiples of 2^-23
+        state = state * 6364136223846793005u + 1442695040888963407u;
+        return (static_cast<float>(state >> 40) - 8388607.5f) * 0x1p-23f;
+    };
+    std::vector<float> x(rows * columns), importance(columns);
+    for (float& value : x) {
+        const float u = uniform(), v = uniform();
+        value = u * v * v * 0.125f;
+    }
+    for (int k = 0; k < columns; ++k) x[static_cast<size_t>(3 * columns + k)] = k % 100 ? 0.0f : 1.0f;
+    for (float& value : importance) value = std::max(uniform(), 0.0f);
+    Pool pool(2);
+    for (const Expected& expected : all)
+        for (const ggml::Quantizer& quantizer : ggml::quantizers()) {
+            if (std::strcmp(quantizer.name, expected.name)) continue;
+            const BlockType& type = *ggml::find_block_type(quantizer.name);
+            std::vector<uint8_t> bytes(static_cast<size_t>(rows * (columns / type.columns) * type.bytes));
+            for (const bool weighed : {false, true}) {
+                const float* weights = weighed ? importance.data() : nullptr;
+                ggml::quantize_rows(quantizer, x.data(), weights, rows, columns, bytes.data(), pool);
+                uint64_t hash = 14695981039346656037u;
+                for (uint8_t byte : bytes) hash = (hash ^ byte) * 1099511628211u;
+                const uint64_t wanted = weighed ? expected.weighed : expected.plain;
+                if (hash != wanted)
+                    std::printf("%s%s: 0x%016llx\n", type.name, weighed ? ", weighed" : "",
+                                static_cast<unsigned long long>(hash));
+                expect(hash == wanted, "the bytes of a quantizer", type.name, rows, columns, 0);
+            }
+        }
+}
+
 }  // namespace
 
 int main() {
@@ -882,6 +931,7 @@ int main() {
     test_rows();
     test_ternary_blocks();
     test_attention();
+    test_quantizers();
     for (const std::string& isa : available_isas()) {
         test_integers(isa.c_str());
         test_tiles(isa.c_str());

@@ -27,6 +27,7 @@ from tritkit.importer import import_model
 from tritkit.inspection import inspect
 from tritkit.layouts import GGML
 from tritkit.layouts.search import SEARCHES, quantize
+from tritkit.methods.importance import Importance
 from tritkit.methods.mixes import MIXES
 from tritkit.models.rope import Rope, rope_from_hf
 from tritkit.pack import pack
@@ -415,3 +416,43 @@ def test_the_plan_names_every_matrix(make_folder):
     assert {p.type for n, p in plans.items() if n in ("lm_head", "model.embed_tokens")} == {"f16"}
     assert all(matrix_shape(folder.config, n) for n in plans)
     assert set(WRITTEN) == {"f32", "f16", "bf16", "i2_s"} | set(MIXES) | set(GGML)
+
+
+def test_importance_of_another_model_or_for_nothing_is_refused(make_folder, tmp_path):
+    folder, name = open_folder(make_folder("llama", **WIDE)), "model.layers.0.mlp.down_proj"
+    for names, columns, kind, message in (
+        ([name], 512, "q8_0", "weighs the search for q4_0, .* but no matrix becomes one of these"),
+        ([name], 512, "f16", "weighs the search for"),
+        ([name], 500, "q4_k_m", "has 500 columns for model.layers.0.mlp.down_proj, which has 512"),
+        (["model.layers.7.mlp.down_proj"], 512, "q4_k_m", "has no importance for any matrix of this model"),
+    ):
+        found = Importance()
+        for each in names:
+            found.add(each, np.ones(columns), 1)
+        found.save(tmp_path / "imatrix.dat")
+        with pytest.raises(ValueError, match=message):
+            export_gguf(folder, tmp_path / "x.gguf", kind, imatrix=tmp_path / "imatrix.dat")
+    assert not list(tmp_path.glob("*.gguf"))
+
+
+@pytest.mark.parametrize("kind", ["q4_k_m", "q2_k", "q4_0", "q5_1"])
+def test_importance_changes_the_bytes_of_the_linears_it_knows(make_folder, tmp_path, kind):
+    folder, found = open_folder(make_folder("llama", **WIDE)), Importance()
+    known = "model.layers.1.mlp.up_proj"
+    found.add(known, np.random.default_rng(0).random(256), 1)
+    found.save(tmp_path / "imatrix.gguf")
+    export_gguf(folder, tmp_path / "plain.gguf", kind)
+    export_gguf(folder, tmp_path / "weighed.gguf", kind, imatrix=tmp_path / "imatrix.gguf")
+    files = [GGUFFile(tmp_path / f"{name}.gguf") for name in ("plain", "weighed")]
+    assert [n for n in files[0] if not np.array_equal(*(f[n].data for f in files))] == [ggml_name(f"{known}.weight")]
+
+
+def test_pure_is_for_types(make_folder):
+    folder = open_folder(make_folder("llama"))
+    for kind, message in (
+        ("q4_k_m", "not for q4_k_m; q4_k is the type"),
+        ("f16", "not for f16"),
+        (None, "not for what is there"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plan(folder, kind, None, pure=True)

@@ -19,6 +19,8 @@ from ggml_peer import quantize_file
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore")]
 
+# q8_0 searches nothing, and an importance matrix for it is refused.
+CASES = [(mix, weighed) for mix in MIXES for weighed in (False, True) if mix != "q8_0" or not weighed]
 SIZES = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 2}
 
 
@@ -78,8 +80,7 @@ def wide(tmp_path_factory, tokenizer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("weighed", [False, True], ids=["plain", "weighed"])
-@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize(("mix", "weighed"), CASES)
 def test_every_mix_is_llama_cpps_file(wide, tmp_path, mix, weighed):
     require_llama_cpps_file(wide, tmp_path, mix, weighed)
 
@@ -103,8 +104,7 @@ def smollm2(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("weighed", [False, True], ids=["plain", "weighed"])
-@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize(("mix", "weighed"), CASES)
 def test_smollm2_falls_back_as_in_llama_cpp(smollm2, tmp_path, mix, weighed):
     """Its hidden size 576 is no multiple of 256: the k-quants reach the down projections only."""
     types = require_llama_cpps_file(smollm2, tmp_path, mix, weighed)

@@ -463,7 +463,9 @@ def export(arguments: list[str]) -> int:
         "export",
         "Write MODEL as a GGUF file (OUT ends in .gguf) for llama.cpp, bitnet.cpp or ik_llama.cpp, or as a folder\n"
         "that transformers loads without tritkit. It is read back and compared before it gets its name.",
-        "tritkit export models/mine mine.gguf --type tq2_0\n  tritkit export models/mine mine-hf --to hf-bitlinear",
+        "tritkit export models/mine mine.gguf --type tq2_0\n"
+        "  tritkit export models/smol smol.gguf --type q4_k_m --imatrix smol.imatrix.gguf\n"
+        "  tritkit export models/mine mine-hf --to hf-bitlinear",
     )
     from .gguf_export import export_gguf
     from .gguf_plan import WRITTEN

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tritkit import _native
+import tritkit._native as _native
 
 from . import GGML, Packed
 
@@ -42,7 +42,7 @@ def quantize(name: str, w: np.ndarray, importance: np.ndarray | None = None, thr
             raise ValueError(f"importance wants the shape ({w.shape[1]},), one number a column, not {importance.shape}")
         if not (np.isfinite(importance).all() and (importance >= 0).all()):
             raise ValueError("importance holds finite numbers that are not negative, but some of these are not")
-    rows = _native.quantize_blocks(name, w, importance, threads)  # type: ignore[attr-defined]
+    rows = _native.quantize_blocks(name, w, importance, threads)
     if GGML[name].nonfinite(Packed({"weight": rows})):
         raise ValueError(f"{name} holds scales as float16, at most 65504, but these weights are too large for that")
     return rows

@@ -14,7 +14,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -92,9 +91,8 @@ class Importance:
         }
         tensors = {}
         for key in sorted(self.sums):
-            sums, count = self.sums[key].astype(np.float32)[None], np.array([[self.tokens[key]]], np.float32)
-            tensors[key + SUMS] = NewTensor("f32", sums.shape, partial(np.asarray, sums))
-            tensors[key + COUNTS] = NewTensor("f32", count.shape, partial(np.asarray, count))
+            tensors[key + SUMS] = _tensor(self.sums[key][None])
+            tensors[key + COUNTS] = _tensor(np.array([[self.tokens[key]]]))
         write_gguf(path, metadata, tensors)
 
     def _legacy_parts(self) -> Iterator[bytes]:
@@ -107,6 +105,10 @@ class Importance:
             yield (self._mean(key) * np.float32(calls)).astype("<f4").tobytes()
         name = (self.datasets[-1] if self.datasets else "").encode()
         yield struct.pack("<ii", self.chunks, len(name)) + name
+
+
+def _tensor(values: np.ndarray) -> NewTensor:
+    return NewTensor("f32", values.shape, lambda: values.astype(np.float32))
 
 
 def read_importance(path: Path | str) -> Importance:
