@@ -76,7 +76,8 @@ def export_hf(source: ModelFolder, out: Path | str, to: str, overwrite: bool = F
         _write_companions(source, folder)
         plan.write_config(folder)
         _verify(plan, open_folder(folder), advance)
-    shown = dict.fromkeys(plan.layouts.values(), len(plan.layouts))
+    kinds = [to] if to in FOREIGN_KINDS else plan.layouts.values()
+    shown = dict.fromkeys(kinds, len(plan.layouts))
     floats = len(matrix_names(plan.config)) - len(plan.layouts)
     return {
         "types": {**shown, **({plan.dtype.lower(): floats} if floats else {})},

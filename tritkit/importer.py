@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from . import results
-from .checkpoint import ModelFolder, copy_companions, matrix_names, open_folder, write_folder
+from .checkpoint import FOREIGN, ModelFolder, copy_companions, matrix_names, open_folder, write_folder
 from .files import atomic_open
 from .folderfacts import describe
 from .layouts import LAYOUTS
@@ -34,10 +34,10 @@ def import_model(
 ) -> dict[str, Any]:
     """Write the model ``source`` into the folder ``out`` and return what it is.
 
-    source: a Hugging Face folder, a GGUF file, a llama2.c checkpoint, or the id of a model on the Hugging Face hub
-    (owner/name or owner/name/file.gguf), of which ``revision`` (a branch, tag or commit) is downloaded with ``token``
-    (none: the one that is logged in). i2_s, tokenizer: see ``open_model``. ValueError for what tritkit cannot run, and
-    nothing is written.
+    source: a Hugging Face folder, of GPTQ or compressed-tensors too, a GGUF file, a llama2.c checkpoint, or the id of a
+    model on the Hugging Face hub (owner/name or owner/name/file.gguf), of which ``revision`` (a branch, tag or commit)
+    is downloaded with ``token`` (none: the one that is logged in). i2_s, tokenizer: see ``open_model``. ValueError for
+    what tritkit cannot run, and nothing is written.
     """
     out, path = Path(out), Path(source)
     if not str(out).strip() or out == Path():
@@ -74,6 +74,8 @@ def import_model(
                 json.dump(model.hf, file, indent=2)
         else:
             write_folder(folder, model.config, tensors, words, model.layouts, advance)
+            if model.container in FOREIGN:
+                copy_companions(model.path, folder)
         with atomic_open(folder / "tritkit.toml") as file:
             lines = (f"{key} = {json.dumps(value)}\n" for key, value in settings.items() if value is not None)
             file.write("[import]\n" + "".join(lines))

@@ -163,7 +163,10 @@ def _can(model: ModelFolder, tokenizer: dict[str, Any] | None) -> list[str]:
     types = ", ".join(kind for kind in gguf_plan.WRITTEN if ternary or kind not in gguf_plan.TERNARY)
     kept = f", and as it is: {model.layout}" if model.layout and not ternary else ""
     can.append(f"export to GGUF: {types}{kept}")
-    can.append(f"export to transformers: --to {', '.join(hf_export.KINDS if ternary else hf_export.DTYPES)}")
+    forms = (*hf_export.LAYOUT_OF, *hf_export.DTYPES) if ternary else tuple(hf_export.DTYPES)
+    if model.layout == "dense" and not ternary:
+        forms += hf_export.FOREIGN_KINDS
+    can.append(f"export to transformers: --to {', '.join(forms)}")
     return can
 
 

@@ -35,7 +35,8 @@ class Gptq(Layout):
             if found * self.bits % WORD:
                 raise ValueError(f"{self.name} packs words of 32 bits, which {found} {side} of {self.bits} do not fill")
         codes, zero, scale = fields(matrix, self.bits)
-        half = scale.astype(np.float16)
+        with np.errstate(over="ignore"):
+            half = scale.astype(np.float16)
         if not np.isfinite(half).all():
             raise ValueError(
                 f"{self.name} holds scales as float16, at most 65504, but one is {np.abs(scale).max():.6g}"
