@@ -108,8 +108,13 @@ def test_a_failed_row_is_tried_again(place, monkeypatch):
         patch.setattr(module, "quantize_folder", broken)
         sweep(place.settings, [place.recipes["rtn4"]], place.out)
     assert rows(place.out)["rtn4"]["error"] == "MemoryError: no room"
+    work = place.out.with_suffix(".work")
+    assert not work.exists()
+    work.mkdir()
+    (work / "notes.txt").write_text("mine")
     sweep(place.settings, [place.recipes["rtn4"]], place.out)
     assert rows(place.out)["rtn4"]["error"] is None
+    assert [p.name for p in work.iterdir()] == ["notes.txt"]
 
 
 def test_a_folder_that_was_quantised_before_the_stop_is_used(place, monkeypatch):

@@ -8,6 +8,7 @@ import re
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -192,11 +193,10 @@ class _Sweep:
             rest = todo[todo.index(loaded) + 1 :]
             left = f"; about {said(estimate.left(rest))} left" if rest else ""
             _tell(f"{number}/{total} {row['name']}: {_news(row)}, {said(seconds)}{left}")
-        if not self.keep:
-            shutil.rmtree(self.work, ignore_errors=True)
-        else:
-            for file in self.work.glob("*.logits"):
-                file.unlink()
+        for file in self.work.glob("*.logits"):
+            file.unlink()
+        with suppress(OSError):  # what else is in there is somebody's
+            self.work.rmdir()
 
     def _estimate(self, parent: Model) -> Estimate:
         s, probe = self.settings, Probe.measure(parent, self.texts)
@@ -238,7 +238,8 @@ class _Sweep:
             text = " ".join(str(error).split())
             row["error"] = text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
         if not self.keep:
-            shutil.rmtree(folder, ignore_errors=True)
+            for made_here in (folder, folder.with_name(f".{folder.name}.partial")):
+                shutil.rmtree(made_here, ignore_errors=True)
         return row
 
     def _parent(self) -> dict[str, Any]:

@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import evals
 from ..data import find_files
 from ..engine.load import Model, load
 from ..evals.perplexity import ScoredText, scored_text
 
-SUITES = ("perplexity", "divergence", "speed")
+SUITES = (*evals.SUITES, "speed")
 DIVERGENCE = "llama.cpp"  # the protocol at whose positions models are compared with their parent
 
 
