@@ -6,7 +6,7 @@ The task is an inverse cloze (Lee et al., arXiv 1906.00300): a query is a senten
 without that sentence is the one passage to be found among all. The text: articles between lines <|endoftext|>,
 paragraphs between empty lines. The int8 ranges are those of the corpus. Retention is the NDCG@10 as a share of
 float32's, its standard error that of the paired differences. Speeds are medians
-taken in turns, of as many threads as numpy may use.
+taken in turns, of processor time: with OMP_NUM_THREADS=1 that of an idle machine.
 """
 
 import argparse
@@ -72,12 +72,12 @@ def gains(rows: np.ndarray, answers: np.ndarray) -> np.ndarray:
 def seconds_a_query(corpora: dict[str, np.ndarray], ranges: np.ndarray, queries: np.ndarray) -> dict:
     """Medians for every row of ROWS, in turns; also of so many queries at once, divided by their number."""
     samples: dict = {(row, many): [] for row in ROWS for many in (1, len(queries))}
-    for turn in range(11):
+    for turn in range(7):
         for (precision, multiplier), many in samples:
-            start = time.perf_counter()
+            start = time.process_time()
             search_embeddings(queries[:many], corpora[precision], precision, TOP_K, multiplier, ranges)
             if turn:  # the first one warms up
-                samples[(precision, multiplier), many].append((time.perf_counter() - start) / many)
+                samples[(precision, multiplier), many].append((time.process_time() - start) / many)
     return {key: float(np.median(found)) for key, found in samples.items()}
 
 

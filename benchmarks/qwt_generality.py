@@ -1,7 +1,7 @@
 """QwT beyond language: after-training quantisation of an encoder, a ViT, a ResNet and an image-text model.
 
-python benchmarks/qwt_generality.py [encoder vit resnet towers] [--methods rtn gptq] [--text WIKI.txt.xz]
-    [--test-text WIKI.txt] [--models runs/zoo] [--json runs/zoo/qwt.json]
+OMP_NUM_THREADS=1 python benchmarks/qwt_generality.py [encoder vit resnet towers] [--methods rtn gptq]
+    [--settings W4A4 W3] [--text WIKI.txt.xz] [--test-text WIKI.txt] [--models runs/zoo] [--json runs/zoo/qwt.json]
 
 For each model and setting three rows: plain quantisation (PTQ), the same with a compensation of each block (QwT), and
 plain quantisation whose weights have the bytes that the compensations take. The linears and convolutions of the blocks
@@ -12,7 +12,7 @@ have one static range a tensor, to the 99.99th percentile, where the setting say
 Encoder: NDCG@10 of the task of benchmarks/embeddings.py, for which --text and --test-text are needed; ViT and ResNet:
 accuracy; towers: zero-shot accuracy with prompts in a template that training never saw. Drift: how far outputs are
 from the float model's, mean over test samples, in thousandths: KL of class probabilities in nats, for the encoder
-1 - cosine.
+1 - cosine. Seconds and milliseconds are processor time: with OMP_NUM_THREADS=1 those of an idle machine.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from tritkit.methods.modules import blocks_of, quantize
 from tritkit.methods.recipe import LoadedRecipe, Recipe, Rule
 
 BATCHES, HELD_OUT, SIZE = 16, 2, 32
-TOKENS = 64  # of a text, for the encoder
+TOKENS = 32  # of a text, for the encoder
 
 
 @dataclass
@@ -74,6 +74,7 @@ def settings(task: Task, method: str) -> dict[str, Recipe]:
         "W4A4 static": Recipe(format="int4_row", inputs="int4_tensor_asym", **static),
         "W4A4": Recipe(format="int4_row", inputs="int4_row_asym", method=method),
         "W4A8 static": Recipe(format="int4_row", inputs="int8_tensor_asym", **static),
+        "W3A3 static": Recipe(format="int3_row", inputs="int3_tensor_asym", **static),
         "W3": Recipe(format="int3_row", method=method),
         "W2": Recipe(format="int2_row", method=method),
     }
@@ -83,10 +84,11 @@ def settings(task: Task, method: str) -> dict[str, Recipe]:
 def quantised(task: Task, recipes: list[LoadedRecipe]) -> tuple[nn.Module, dict]:
     """A copy of the model with each part quantised by its recipe, and the sums over the parts' reports."""
     model = copy.deepcopy(task.model)
-    reports = []
+    reports, start = [], time.process_time()
     for part, recipe in zip(task.parts, recipes, strict=True):
         reports.append(quantize(part.of(model), recipe, part.batches, blocks=part.blocks, distance=part.distance))
-    facts = {key: sum(r[key] for r in reports) for key in ("bytes", "adapter_bytes", "seconds")}
+    facts = {key: sum(r[key] for r in reports) for key in ("bytes", "adapter_bytes")}
+    facts["seconds"] = time.process_time() - start
     terms = [t for r in reports for t in r["adapters"].values()]
     facts |= {"terms": len(terms), "kept": sum(t["kept"] for t in terms)}
     facts["r2"] = float(np.mean([t["r2_held_out"] for t in terms])) if terms else None
@@ -121,19 +123,19 @@ def equal_size(part: nn.Module, blocks: str, recipe: Recipe, size: int) -> Loade
 
 
 def milliseconds(models: dict[str, nn.Module], some: tuple) -> dict[str, float]:
-    """Medians of a forward pass of one batch, the models in turns."""
+    """Medians of a forward pass of one batch, the models in turns; of processor time, as other work may run beside."""
     samples: dict[str, list[float]] = {name: [] for name in models}
     with torch.inference_mode():
         for turn in range(12):
             for name, model in models.items():
-                start = time.perf_counter()
+                start = time.process_time()
                 model(*some)
                 if turn:  # the first one warms up
-                    samples[name].append(1e3 * (time.perf_counter() - start))
+                    samples[name].append(1e3 * (time.process_time() - start))
     return {name: float(np.median(found)) for name, found in samples.items()}
 
 
-def run(name: str, task: Task, methods: list[str]) -> list[dict]:
+def run(name: str, task: Task, methods: list[str], only: list[str] | None = None) -> list[dict]:
     """A row for the float model and three for each method and setting, printed as they come."""
     scores, reference = task.test(task.model)
     weights = [matrix_of(m) for p in task.parts for b in blocks_of(p.of(task.model), p.blocks).values()
@@ -145,6 +147,8 @@ def run(name: str, task: Task, methods: list[str]) -> list[dict]:
     print("| --- | --- | --- | --: | --: | --: | --: | --: | --: | --: | --: | --: |", flush=True)
     for method in methods:
         for setting, recipe in settings(task, method).items():
+            if only and setting not in only:
+                continue
             plain = LoadedRecipe(recipe)
             found, models = {}, {"float": task.model}
             models["PTQ"], found["PTQ"] = quantised(task, [plain] * len(task.parts))
@@ -258,7 +262,7 @@ def encoder_task(models: Path, text: Path | None, test_text: Path | None) -> Tas
     wanted = (BATCHES + HELD_OUT) * SIZE
     ids, mask = (torch.stack(parts) for parts in zip(*long[:wanted], strict=True))
     batches = list(zip(ids.split(SIZE), mask.split(SIZE), strict=True))
-    passages, queries, answers = embeddings.cloze_task(test_text, 1500, 500, 0)
+    passages, queries, answers = embeddings.cloze_task(test_text, 800, 300, 0)
     order = sorted(range(len(passages)), key=lambda i: len(passages[i]))
 
     def encode(model: nn.Module, texts: list[str]) -> Tensor:
@@ -285,6 +289,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=["encoder", "vit", "resnet", "towers"], metavar="MODEL")
     parser.add_argument("--methods", nargs="+", default=["rtn", "gptq"])
+    parser.add_argument("--settings", nargs="+", help="some of them only, for instance W4A4 W3")
     parser.add_argument("--models", type=Path, default=Path("runs/zoo"))
     parser.add_argument("--text", type=Path, help="articles that the encoder is calibrated on")
     parser.add_argument("--test-text", type=Path, help="articles that the encoder is tested on")
@@ -296,7 +301,7 @@ def main() -> None:
             task = encoder_task(options.models, options.text, options.test_text)
         else:
             task = towers_task(options.models) if name == "towers" else picture_task(name, options.models)
-        rows += run(name, task, options.methods)
+        rows += run(name, task, options.methods, options.settings)
         if options.json:
             options.json.write_text(json.dumps(rows, indent=1))
 
