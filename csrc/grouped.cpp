@@ -91,7 +91,9 @@ void GroupedLinear::round_inputs(const InputGrid& grid, const float* row_sums) {
         throw std::invalid_argument("sums of the rows go with asymmetric inputs, and only with them");
     activations_ = ActivationFormat::kGrid;
     grid_ = grid;
-    if (row_sums) row_sums_.assign(row_sums, row_sums + rows_);
+    if (!row_sums) return;
+    row_sums_.assign(row_sums, row_sums + rows_);
+    for (float& sum : row_sums_) sum /= scale_;  // by_panels multiplies with it
 }
 
 int64_t GroupedLinear::needed_bytes(int rows, const GroupLayout& layout) {

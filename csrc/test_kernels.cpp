@@ -10,22 +10,14 @@
 #include "floats.h"
 #include "ggml_quantize.h"
 #include "grouped.h"
+#include "test_support.h"
 
 using namespace tritkit;
-
-namespace {
 
 std::mt19937 random_numbers(1);
 int failures = 0;
 
-int random_int(int low, int high) { return std::uniform_int_distribution<int>(low, high)(random_numbers); }
-float random_float() { return std::normal_distribution<float>()(random_numbers); }
-
-void expect(bool good, const char* what, const char* isa, int rows, int columns, int tokens) {
-    if (good) return;
-    std::printf("FAILED %s on %s: %d x %d, %d tokens\n", what, isa, rows, columns, tokens);
-    ++failures;
-}
+namespace {
 
 /// Bytes of a file with random codes, or with one code everywhere.
 std::vector<uint8_t> random_source(const SourceLayout& layout, int rows, int columns, int code) {
@@ -339,111 +331,6 @@ void test_quantize(const char* isa) {
             const float scale_b = kernels_for("scalar").quantize_row(x.data(), columns, 127.0f, b.data(), &sum_b);
             expect(a == b && sum_a == sum_b && !std::memcmp(&scale_a, &scale_b, sizeof scale_a), "quantize_row", isa, 1,
                    columns, 1);
-        }
-    }
-}
-
-/// Random bytes as weights in groups; those that are scales become numbers around one. extreme: the largest codes.
-AlignedArray<uint8_t> random_groups(const GroupLayout& g, int tiles, bool extreme) {
-    AlignedArray<uint8_t> weights(static_cast<size_t>(tiles * g.tile_bytes()));
-    for (size_t i = 0; i < weights.size(); ++i) weights[i] = static_cast<uint8_t>(extreme ? 255 : random_int(0, 255));
-    auto put_halves = [](uint8_t* at) {
-        for (int r = 0; r < kTileRows; ++r, at += 2) {
-            const uint16_t half = static_cast<uint16_t>(random_int(0, 65535) & 0x8fff) | 0x3000;
-            std::memcpy(at, &half, 2);
-        }
-    };
-    auto put_floats = [](uint8_t* at) {
-        for (int r = 0; r < kTileRows; ++r, at += 4) {
-            const float value = random_float();
-            std::memcpy(at, &value, 4);
-        }
-    };
-    for (int tile = 0; tile < tiles; ++tile) {
-        uint8_t* header = weights.data() + tile * g.tile_bytes();
-        for (int begin = 0; begin < g.columns; begin += kSpanColumns) {
-            const int end = g.span_end(begin);
-            uint8_t* at = header;
-            if (g.has_d()) put_halves(at), at += 32;
-            if (g.has_dmin()) put_halves(at), at += 32;
-            for (int k = begin; k < end; k += kGroupUnit) {
-                if (k % g.group) continue;
-                if (g.scales == GroupScales::kHalf) put_halves(at);
-                if (g.scales == GroupScales::kFloat) put_floats(at);
-                at += g.scale_bytes();
-                if (g.offsets == GroupOffsets::kHalf) put_halves(at);
-                if (g.offsets == GroupOffsets::kFloat) put_floats(at);
-                at += g.offset_bytes();
-            }
-            header += g.header_bytes(begin, end) + (end - begin) / kStripColumns * g.strip_blocks() * kBlockBytes;
-        }
-    }
-    return weights;
-}
-
-std::vector<float> group_product(const char* isa, const GroupLayout& g, int tiles, int tokens, bool extreme) {
-    random_numbers.seed(static_cast<unsigned>(g.columns * 31 + g.group * 7 + tokens));
-    const AlignedArray<uint8_t> weights = random_groups(g, tiles, extreme);
-    uint8_t table[32];
-    for (uint8_t& byte : table) byte = static_cast<uint8_t>(extreme ? 255 : random_int(0, 255));
-    const ptrdiff_t strips = g.columns / kStripColumns;
-    AlignedArray<ActivationStrip> codes(static_cast<size_t>(tokens * strips));
-    std::vector<float> x(static_cast<size_t>(g.columns)), out(static_cast<size_t>(tokens * tiles * kTileRows));
-    for (int t = 0; t < tokens; ++t) {
-        for (float& value : x) value = extreme ? (t % 2 ? 2.5f : -2.5f) : random_float();
-        kernels_for(isa).quantize_groups(x.data(), g.columns, codes.data() + t * strips);
-    }
-    const int bias_bits = random_int(-1, 7);
-    kernels_for(isa).matmul_groups(
-        {weights.data(), g, bias_bits, table, 0, tiles, codes.data(), strips, tokens, out.data(), tiles * kTileRows});
-    return out;
-}
-
-void expect_equal_groups(const char* isa, const GroupLayout& g, int tiles, int tokens, bool extreme) {
-    if (!std::strcmp(isa, "scalar")) return;
-    const std::vector<float> a = group_product(isa, g, tiles, tokens, extreme),
-                             b = group_product("scalar", g, tiles, tokens, extreme);
-    const std::string name =
-        "groups of " + std::to_string(g.group) + ", codes " + std::to_string(static_cast<int>(g.codes)) + ", scales " +
-        std::to_string(static_cast<int>(g.scales)) + ", offsets " + std::to_string(static_cast<int>(g.offsets));
-    expect(!std::memcmp(a.data(), b.data(), a.size() * sizeof(float)), name.c_str(), isa, tiles * kTileRows, g.columns,
-           tokens);
-}
-
-/// Sums of floats too: their order is the same everywhere, so they are equal bit for bit.
-void test_groups(const char* isa) {
-    for (int codes = 0; codes < 8; ++codes) {
-        for (int scales = 0; scales < 4; ++scales) {
-            for (int offsets = 0; offsets < 5; ++offsets) {
-                GroupLayout g{static_cast<GroupCodes>(codes), static_cast<GroupScales>(scales),
-                              static_cast<GroupOffsets>(offsets), 0, 0};
-                if (g.scales == GroupScales::kTwoLevel4 && g.offsets != GroupOffsets::kMins) continue;
-                for (int group : {16, 32, 48, 64, 128, 256, 320, 4096}) {
-                    g.group = group;
-                    g.columns = 32 * random_int(1, 20);
-                    expect_equal_groups(isa, g, random_int(1, 9), random_int(1, 9), false);
-                }
-            }
-        }
-        for (int tokens = 1; tokens <= 40; ++tokens)
-            expect_equal_groups(isa,
-                                {static_cast<GroupCodes>(codes), GroupScales::kHalf, GroupOffsets::kNone,
-                                 32 * random_int(1, 10), 16 * random_int(1, 4)},
-                                random_int(1, 13), tokens, false);
-        for (int tokens : {1, 2, 7})
-            expect_equal_groups(isa,
-                                {static_cast<GroupCodes>(codes), GroupScales::kHalf, GroupOffsets::kZeros, 512, 32}, 3,
-                                tokens, true);
-    }
-    for (int columns : {1, 5, 16, 31, 32, 33, 200}) {
-        for (float size : {1e-9f, 1.0f, 1e6f, NAN, INFINITY}) {
-            std::vector<float> x(static_cast<size_t>(columns));
-            for (float& value : x) value = random_float() * (std::isfinite(size) ? size : 1.0f);
-            if (!std::isfinite(size)) x[static_cast<size_t>(columns / 2)] = size;
-            AlignedArray<ActivationStrip> a(7), b(7);
-            kernels_for(isa).quantize_groups(x.data(), columns, a.data());
-            kernels_for("scalar").quantize_groups(x.data(), columns, b.data());
-            expect(!std::memcmp(a.data(), b.data(), a.bytes()), "quantize_groups", isa, 1, columns, 1);
         }
     }
 }
@@ -939,6 +826,7 @@ int main() {
         test_line_linears(isa.c_str());
         test_quantize(isa.c_str());
         test_groups(isa.c_str());
+        test_input_grids(isa.c_str());
         test_blocks(isa.c_str());
         test_floats(isa.c_str());
         test_vectors(isa.c_str());

@@ -7,44 +7,24 @@ import torch
 from tritkit.checkpoint import HEAD, linear_names, matrix_names, open_folder, write_folder
 from tritkit.formats import format_of
 from tritkit.inputs import input_format
-from tritkit.layouts import GGML, LAYOUTS, GgmlQuantizer, Packed, Unpacked
+from tritkit.layouts import GGML
+from tritkit.methods import rtn
 from tritkit.tensorfile import StoredTensor
 
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}  # for blocks of 256
 DTYPES = {"float16": "F16", "float32": "F32", "uint8": "U8", "int16": "I16"}
 # Every width and form of scales at least once.
 FORMATS = ["int4_g32", "int8_row", "q4_k", "int3_g64_asym", "q8_0", "int2_g16", "int5_row_asym", "q6_k", "int6_tensor",
-           "ternary", "q4_1", "int7_g128", "q3_k", "int4_row_asym"]  # fmt: skip
+           "ternary", "q4_1", "int7_g128", "fp4_g32", "q3_k", "int4_row_asym"]  # fmt: skip
 
 
-def random_blocks(name: str, shape: tuple[int, int], seed: int, size: float = 0.02) -> np.ndarray:
-    """Any bytes that are blocks of ggml, with scales that make weights of about that size."""
-    layout, chance = GGML[name], np.random.default_rng(seed)
-    byte = chance.integers(0, 256, (shape[0], layout.row_bytes(shape[1])), np.uint8).reshape(-1, layout.block_bytes)
-    for at in layout.floats:
-        byte[:, at : at + 2] = chance.uniform(0.5, 1, (len(byte), 1)).astype("<f2").view(np.uint8)
-    if name == "mxfp4":
-        byte[:, 0] = chance.integers(110, 130, len(byte))
-    byte[:, :64] &= 0xAA if name == "tq2_0" else 0xFF  # 3 is no code
-    values = layout.dequantize(Packed({"weight": byte.reshape(shape[0], -1)}), shape)
-    for at in layout.floats:
-        scale = byte[:, at : at + 2].copy().view("<f2").astype(np.float32) * size / values.std()
-        byte[:, at : at + 2] = scale.astype("<f2").view(np.uint8)
-    return byte.reshape(shape[0], -1)
-
-
-def packed(name: str, w: np.ndarray, seed: int = 0) -> tuple[str, dict[str, np.ndarray]]:
-    """Layout and arrays of float32 weights in a format, or of random ones in a type that only ggml rounds to."""
-    if name in GGML:
-        layout = GGML[name]
-        if isinstance(layout, GgmlQuantizer):
-            return name, layout.quantize(w).arrays
-        return name, {"weight": random_blocks(name, w.shape, seed)}
+def packed(name: str, w: np.ndarray) -> tuple[str, dict[str, np.ndarray]]:
+    """Layout and arrays of float32 weights, rounded to nearest."""
+    if name == "mxfp4":  # a type of ggml that is no format
+        return name, GGML[name].quantize(w).arrays
     q = format_of(name).quantize(torch.from_numpy(w))
-    layout_name = "dense" if name == "ternary" else q.format.layout
-    offset = None if q.grid.offset is None else q.grid.offset[..., 0].numpy()
-    matrix = Unpacked(q.codes.reshape(q.shape).numpy(), q.grid.scale[..., 0].numpy(), offset)
-    return layout_name, LAYOUTS[layout_name].pack(matrix).arrays
+    layout = "dense" if name == "ternary" else q.format.layout
+    return layout, rtn.packed(q, layout).arrays
 
 
 def mixed(source, out, formats=FORMATS, inputs=(), adapters=(), embedding=None, head=None, threshold=6.0):
@@ -55,8 +35,8 @@ def mixed(source, out, formats=FORMATS, inputs=(), adapters=(), embedding=None, 
     linears = linear_names(folder.config)
     wanted = {name: formats[i % len(formats)] for i, name in enumerate(linears)} if formats else {}
     wanted |= {"model.embed_tokens": embedding, HEAD: head}
-    for i, name in enumerate(n for n in matrix_names(folder.config) if wanted.get(n)):
-        layouts[name], arrays = packed(wanted[name], folder.floats(name), i)
+    for name in (n for n in matrix_names(folder.config) if wanted.get(n)):
+        layouts[name], arrays = packed(wanted[name], folder.floats(name))
         del tensors[f"{name}.weight"]
         for suffix, array in arrays.items():
             tensors[f"{name}.{suffix}"] = StoredTensor(DTYPES[array.dtype.name], array)

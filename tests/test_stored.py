@@ -13,7 +13,8 @@ from tritkit.layers import Adapter
 from tritkit.layouts import GGML, Packed
 from tritkit.stored import InputQuantizer, StoredEmbedding, StoredLinear, StoredMatrix
 
-DENSE = ["int2_g32", "int3_row", "int4_g64_asym", "int5_tensor", "int8_row", "int8_row_asym", "int6_g32_asym"]
+DENSE = ["int2_g32", "int3_row", "int4_g64_asym", "int5_tensor", "int8_row", "int8_row_asym", "int6_g32_asym",
+         "nf4", "nf4_dq", "fp4_g32"]  # fmt: skip
 
 
 def random(*shape, seed=0, scale=1.0):
@@ -24,10 +25,9 @@ def quantized(name: str, rows=40, cols=256):
     """(layout, arrays, values) of a random matrix in that format; the values are the format's own, or gguf's."""
     w = random(rows, cols, seed=1, scale=0.05) + 0.01
     layout, arrays = packed(name, w.numpy())
-    values = (
-        torch.from_numpy(theirs(name, arrays["weight"])) if name in GGML else format_of(name).quantize(w).dequantize()
-    )
-    return layout, arrays, values
+    if name in GGML:
+        return layout, arrays, torch.from_numpy(theirs(name, arrays["weight"]))
+    return layout, arrays, format_of(name).quantize(w).dequantize()
 
 
 def theirs(name: str, byte: np.ndarray) -> np.ndarray:
