@@ -226,7 +226,16 @@ def quantize(arguments: list[str]) -> int:
     parser.add_argument("--embedding", help="format of the embedding (default: as it is)")
     parser.add_argument("--head", help="format of the output head, where the model has one of its own")
     parser.add_argument("--bits", type=float, help="mixed formats by measured sensitivity, so many bits a weight")
-    parser.add_argument("--calibration", action="append", default=[], metavar="TEXT", help="text; may be repeated")
+    parser.add_argument(
+        "--calibration",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="text, may be repeated (default: bundled books, for what needs any)",
+    )
+    parser.add_argument(
+        "--imatrix", metavar="FILE", help="llama.cpp's importance matrix; measured and written where there is none"
+    )
     parser.add_argument("--sequences", type=int, default=32, help="of calibration (default 32)")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence (default 2048)")
     parser.add_argument("--text-field", default="text", help="field of .jsonl that holds the text")
@@ -245,11 +254,12 @@ def quantize(arguments: list[str]) -> int:
         options.model,
         options.out,
         read_recipe(options.recipe, overrides),
-        options.calibration,
+        options.calibration or None,
         sequences=options.sequences,
         length=options.length,
         text_field=options.text_field,
         overwrite=options.overwrite,
+        imatrix=options.imatrix,
     )
     print_metrics(options.out, metrics)
     return 0

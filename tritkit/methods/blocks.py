@@ -39,7 +39,7 @@ class Quantised:
 @dataclass
 class BlockJob:
     """linears: those of the block by their full names; plans: what becomes of each; inputs: chunks of what the block
-    reads, none where there is no calibration data."""
+    reads, none where there is no calibration data; importance: of the columns of linears, from a file."""
 
     block: nn.Module
     linears: dict[str, nn.Module]
@@ -48,6 +48,7 @@ class BlockJob:
     call: Call
     inputs: Sequence[Tensor]
     advance: Callable[[], None] = lambda: None
+    importance: Mapping[str, Tensor] = field(default_factory=dict)
     done: dict[str, Quantised] = field(default_factory=dict)
 
 
@@ -182,6 +183,8 @@ def _solve(job: BlockJob, name: str, stats: InputStats | None) -> None:
     module, plan = job.linears[name], job.plans[name]
     began = time.perf_counter()
     before = matrix_of(module)
+    if name in job.importance:  # of this linear alone, whatever it shares with others
+        stats = (stats or InputStats(before.shape[1])).weighed(job.importance[name])
     if not torch.isfinite(before).all():
         raise ValueError(f"{name}.weight has values that are not finite: the model is damaged")
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -47,11 +48,12 @@ class Layerwise:
         plans: dict[str, Plan],
         data: Calibration | None,
         partial: Partial,
+        importance: Mapping[str, Tensor],
     ):
         self.model, self.loaded, self.plans, self.data, self.partial = model, loaded, plans, data, partial
+        self.importance = importance
         self.stream = DecoderStream(model)
         self.records: dict[str, dict[str, Any]] = {}
-        self.terms: dict[int, dict[str, Any]] = {}
 
     def run(self) -> None:
         config = self.model.config
@@ -114,7 +116,9 @@ class Layerwise:
         at = f"model.layers.{number}."
         layer = self.stream.layer(number)
         linears = {n: layer.get_submodule(n[len(at) :]) for n in linear_names(self.model.config) if n.startswith(at)}
-        job = BlockJob(layer, linears, self.plans, self.loaded.recipe, self.stream.call, inputs)
+        job = BlockJob(
+            layer, linears, self.plans, self.loaded.recipe, self.stream.call, inputs, importance=self.importance
+        )
 
         def judge(states: list) -> float:
             return self.stream.divergence(reference, self.stream.finish(states, number + 1))

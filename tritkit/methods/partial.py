@@ -42,12 +42,15 @@ class Partial:
         self.folder = folder
 
     @classmethod
-    def begin(cls, out: Path, model: ModelFolder, loaded: LoadedRecipe, data: Calibration | None) -> Partial:
-        """The place for that work: what an earlier run of the very same left there, or a new one."""
+    def begin(
+        cls, out: Path, model: ModelFolder, loaded: LoadedRecipe, data: Calibration | None, *more: str
+    ) -> Partial:
+        """The place for that work: what an earlier run of the very same left there, or a new one. more: what else
+        the result depends on."""
         folder = out.absolute().with_name(f".{out.name}.partial")
         files = [model.path] if model.path.is_file() else sorted(model.path.glob("*.safetensors"))
         facts = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
-        job = [facts, loaded.text(), None if data is None else data.digest(), __version__]
+        job = [facts, loaded.text(), None if data is None else data.digest(), __version__, *more]
         digest = hashlib.sha256(json.dumps(job).encode()).hexdigest()
         if not (folder / "job.json").is_file() or read_object(folder / "job.json").get("digest") != digest:
             shutil.rmtree(folder, ignore_errors=True)

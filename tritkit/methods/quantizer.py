@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from .. import results
 from ..checkpoint import (
@@ -23,6 +23,7 @@ from ..checkpoint import (
     copy_companions,
     linear_names,
     matrix_names,
+    matrix_shape,
     open_folder,
     write_folder,
 )
@@ -30,10 +31,13 @@ from ..files import atomic_open
 from ..folderfacts import describe
 from ..layouts import LAYOUTS
 from ..newfolder import beside, require_new
+from ..progress import console
 from ..sources import open_model
 from ..tensorfile import StoredTensor
 from . import NEED_INPUTS
-from .calibration import read_calibration
+from .calibration import Calibration, read_calibration
+from .collect import collect_importance
+from .importance import read_importance
 from .layerwise import Layerwise, layout_of
 from .partial import Partial
 from .recipe import KEEP, LoadedRecipe, Plan, check, plan_of, plans_of, read_recipe
@@ -43,19 +47,22 @@ def quantize_folder(
     source: Path | str,
     out: Path | str,
     recipe: LoadedRecipe | str | Path,
-    calibration: Sequence[str] = (),
+    calibration: Sequence[str] | None = (),
     *,
     sequences: int = 32,
     length: int = 2048,
     text_field: str = "text",
     overwrite: bool = False,
     measure_inputs: bool = True,
+    imatrix: Path | str | None = None,
 ) -> dict[str, Any]:
     """Write the quantised form of the model ``source`` into the folder ``out`` and return its metrics.
 
     recipe: a loaded one, a file, or a name. calibration: files, folders or globs of text, of which ``sequences``
     sequences of ``length`` tokens are taken; methods that need none use them to record what quantising does to the
-    outputs, unless ``measure_inputs`` is False. ValueError for anything that cannot be, and then nothing is written.
+    outputs, unless ``measure_inputs`` is False. None as calibration takes the bundled books where data is needed.
+    imatrix: file of llama.cpp's importance matrix, which weighs the search; where there is none it is measured on the
+    float model and the calibration text, and written. ValueError for anything that cannot be, and then nothing is.
     """
     began = time.perf_counter()
     loaded = recipe if isinstance(recipe, LoadedRecipe) else read_recipe(recipe)
@@ -68,12 +75,19 @@ def quantize_folder(
             f"{source} is a {model.config.weights} model already; `tritkit pack` rounds its weights as they were "
             "trained"
         )
-    plans = all_plans(model, loaded, bool(calibration))
+    plans = all_plans(model, loaded, bool(calibration) or imatrix is not None)
     needs = next((n for n, p in plans.items() if needs_inputs(p, loaded)), None)
+    collects = imatrix is not None and not Path(imatrix).exists()
+    if calibration is None:
+        calibration = [str(bundled_text())] if needs or collects else []
+        if calibration:
+            console().print("calibrating on the bundled books; --calibration TEXT names another text", style="dim")
+    if collects and not calibration:
+        raise ValueError(f"there is no importance matrix {imatrix}; to measure one, give text with --calibration")
     if needs and not calibration:
         raise ValueError(f"{what_needs(plans[needs], loaded)} needs calibration data; give text with --calibration")
     data = None
-    if calibration and (needs or measure_inputs or loaded.recipe.budget.bits is not None):
+    if calibration and (needs or collects or measure_inputs):
         held = max(round(sequences * loaded.recipe.qwt.held_out), 1) if loaded.recipe.correct else 0
         data = read_calibration(
             model.tokenizer(), calibration, sequences, length, held, model.config.max_position_embeddings, text_field
@@ -82,16 +96,44 @@ def quantize_folder(
         from .allocate import rules_for
 
         assert data is not None
-        loaded = replace(loaded, recipe=loaded.recipe).with_rules(rules_for(model, loaded, data))
+        loaded = loaded.with_rules(rules_for(model, loaded, data))
         plans = all_plans(model, loaded, True)
     require_fit(model, plans)
-    quantizer = Layerwise(model, loaded, plans, data, Partial.begin(out, model, loaded, data))
+    weights = {} if imatrix is None else importance_of(model, Path(imatrix), data)
+    partial = Partial.begin(out, model, loaded, data, *(str(float(w.double().sum())) for w in weights.values()))
+    quantizer = Layerwise(model, loaded, plans, data, partial, weights)
     quantizer.run()
     if loaded.recipe.correct and loaded.recipe.qwt.finetune:
         quantizer.finetune()
     metrics = _write(model, out, loaded, plans, quantizer, calibration, began)
     quantizer.partial.remove()
     return metrics
+
+
+def bundled_text() -> Path:
+    """Books to calibrate on where the user names no text; no evaluation of ours is of them."""
+    return Path(__file__).parent.parent / "bundled" / "text" / "train.txt.xz"
+
+
+def importance_of(model: ModelFolder, path: Path, data: Calibration | None) -> dict[str, torch.Tensor]:
+    """The importance of the columns of each linear that the file speaks of; measured and written where it is not."""
+    if not path.exists():
+        assert data is not None
+        collect_importance(model, data).save(path)
+    found = read_importance(path)
+    weights = {}
+    for name in linear_names(model.config):
+        values = found.of(name)
+        if values is None:
+            continue
+        if values.shape != (matrix_shape(model.config, name)[1],):
+            raise ValueError(
+                f"{path} has {len(values)} values for {name}, which has {matrix_shape(model.config, name)[1]} columns"
+            )
+        weights[name] = torch.from_numpy(values)
+    if not weights:
+        raise ValueError(f"{path} speaks of none of the linears of {model.path}")
+    return weights
 
 
 def all_plans(model: ModelFolder, loaded: LoadedRecipe, has_calibration: bool) -> dict[str, Plan]:
@@ -137,8 +179,6 @@ def what_needs(plan: Plan, loaded: LoadedRecipe) -> str:
 
 def require_fit(model: ModelFolder, plans: dict[str, Plan]) -> None:
     """ValueError, before any work, for a format whose groups do not divide a row, or that no layout holds."""
-    from ..checkpoint import matrix_shape
-
     for name, plan in plans.items():
         for format in (plan.format, plan.input_format):
             if format is None:

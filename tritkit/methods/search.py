@@ -15,7 +15,8 @@ from .stats import InputStats
 def solve(w: Tensor, plan: Plan, stats: InputStats | None, options: Any) -> QTensor:
     """See METHODS. The importance of a column is the mean square of its input (llama.cpp's importance matrix)."""
     assert isinstance(plan.format, Ggml)
-    weighs = stats is not None and options.importance and stats.tokens > 0
-    importance = stats.second_moment if weighs and stats is not None else None
+    importance = None if stats is None else stats.importance
+    if importance is None and stats is not None and stats.tokens and options.importance:
+        importance = stats.second_moment
     # Not fit and encode: the types without levels choose their codes before their scales are rounded.
     return plan.format.quantize(w, importance)

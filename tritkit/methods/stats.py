@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ class InputStats:
     largest: Tensor = field(init=False)
     outliers: int = 0  # inputs of at least OUTLIER
     sample: list[Tensor] = field(default_factory=list)  # rows, for histograms
+    importance: Tensor | None = None  # float32 [in]: of the columns, from a file, in place of the mean squares here
     note: str = ""  # what a method has to say of them
     derived: dict[Any, Any] = field(default_factory=dict)  # what was computed of them, once for all that read them
 
@@ -36,6 +38,12 @@ class InputStats:
         self.hessian = torch.zeros(self.features, self.features, dtype=torch.float64)
         self.absolute = torch.zeros(self.features, dtype=torch.float64)
         self.largest = torch.zeros(self.features)
+
+    def weighed(self, importance: Tensor) -> InputStats:
+        """The same with the importance of the columns from elsewhere, float32 [in]."""
+        other = copy.copy(self)
+        other.importance = importance
+        return other
 
     def update(self, x: Tensor) -> None:
         """Count the rows of x, float32 [..., in]."""
