@@ -14,7 +14,9 @@ from tritkit import results
 from tritkit.checkpoint import linear_names, open_folder, write_folder
 from tritkit.engine.torch import model_of
 from tritkit.formats import format_of
+from tritkit.layouts import search
 from tritkit.methods.calibration import read_calibration
+from tritkit.methods.importance import read_importance
 from tritkit.methods.quantizer import quantize_folder
 from tritkit.methods.recipe import read_recipe
 from tritkit.models.config import ModelConfig
@@ -194,6 +196,52 @@ def test_embedding_and_rules(folder, tmp_path):
     opened = open_folder(tmp_path / "q")
     assert opened.layouts["model.embed_tokens"] == "dense" and "model.layers.0.self_attn.v_proj" not in opened.layouts
     assert metrics["types"] == "18 int4_g32, 3 floats, 1 int8_row"
+
+
+def test_an_importance_matrix_is_measured_written_and_read(tmp_path, text):
+    """The search weighed by the file gives the bytes that ggml's quantiser gives for the same importance."""
+    source = a_folder(tmp_path / "model", hidden_size=128)
+    file = tmp_path / "m.imatrix.gguf"
+    quantize_folder(source, tmp_path / "a", "q4_0", [text], **SHORT, imatrix=file)
+    quantize_folder(source, tmp_path / "b", "q4_0", (), imatrix=file)
+    quantize_folder(source, tmp_path / "plain", "q4_0")
+    model, found = open_folder(source), read_importance(file)
+    a, b, plain = (open_folder(tmp_path / n) for n in ("a", "b", "plain"))
+    differs = 0
+    for name in linear_names(model.config):
+        wanted = search.quantize("q4_0", model.floats(name), found.of(name))
+        assert np.array_equal(a.packed(name).arrays["weight"], wanted)
+        assert np.array_equal(b.packed(name).arrays["weight"], wanted)
+        differs += not np.array_equal(plain.packed(name).arrays["weight"], wanted)
+    assert differs == 21
+    tokens = read_calibration(model.tokenizer(), [text], 4, 32).fit
+    with torch.no_grad():
+        layer = model_of(model).model.layers[0]
+        x = layer.input_layernorm(model_of(model).model.embed_tokens(tokens))
+    wanted = x.flatten(0, 1).double().square().mean(0).numpy()
+    assert np.allclose(found.of("model.layers.0.self_attn.q_proj"), wanted, rtol=1e-5)
+
+
+def test_an_importance_matrix_of_another_model_is_refused(folder, tmp_path, text):
+    other = a_folder(tmp_path / "other", hidden_size=128)
+    quantize_folder(other, tmp_path / "a", "q4_0", [text], **SHORT, imatrix=tmp_path / "m.dat")
+    with pytest.raises(ValueError, match=r"m.dat has 128 values for model.layers.0.self_attn.q_proj, which has 64"):
+        quantize_folder(folder, tmp_path / "b", "q4_0", imatrix=tmp_path / "m.dat")
+    with pytest.raises(ValueError, match=r"there is no importance matrix .*none.dat; to measure one, give text"):
+        quantize_folder(folder, tmp_path / "b", "q4_0", imatrix=tmp_path / "none.dat")
+
+
+def test_rounding_to_ternary_comes_with_a_warning(folder, tmp_path, capfd):
+    quantize_folder(folder, tmp_path / "q", "ternary")
+    assert "lose nearly all that a model has learnt" in " ".join(capfd.readouterr().err.split())
+    quantize_folder(folder, tmp_path / "q4", "int4_g32")
+    assert "warning" not in capfd.readouterr().err
+
+
+def test_the_bundled_books_are_the_calibration_where_none_is_named(folder, tmp_path, capfd):
+    quantize_folder(folder, tmp_path / "q", recipe(format="int3_row", method="gptq"), None, **SHORT)
+    assert "bundled books" in capfd.readouterr().err
+    assert results.read(tmp_path / "q")[0]["settings"]["calibration_sequences"] == 4
 
 
 KILLED = """

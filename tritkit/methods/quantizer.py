@@ -99,6 +99,8 @@ def quantize_folder(
         loaded = loaded.with_rules(rules_for(model, loaded, data))
         plans = all_plans(model, loaded, True)
     require_fit(model, plans)
+    for warning in warnings_of(plans):
+        console().print(f"warning: {warning}", style="yellow", soft_wrap=True)
     weights = {} if imatrix is None else importance_of(model, Path(imatrix), data)
     partial = Partial.begin(out, model, loaded, data, *(str(float(w.double().sum())) for w in weights.values()))
     quantizer = Layerwise(model, loaded, plans, data, partial, weights)
@@ -108,6 +110,18 @@ def quantize_folder(
     metrics = _write(model, out, loaded, plans, quantizer, calibration, began)
     quantizer.partial.remove()
     return metrics
+
+
+def warnings_of(plans: dict[str, Plan]) -> list[str]:
+    """What a user should know before the work begins, a sentence each."""
+    names = {plan.format.name for plan in plans.values() if plan.format is not None}
+    found = []
+    for name in sorted(names & {"ternary", "binary", "tq1_0", "tq2_0"}):
+        found.append(
+            f"{name} weights that are rounded after training lose nearly all that a model has learnt, whatever the "
+            "method; models of such weights have to be trained with them: see tritkit train"
+        )
+    return found
 
 
 def bundled_text() -> Path:
