@@ -179,7 +179,7 @@ def encoded(
         packed = _searched(model, name, kind, importance)
     else:
         layout_of = GGML[kind]
-        assert isinstance(layout_of, GgmlQuantizer)
+        assert isinstance(layout_of, GgmlQuantizer)  # mxfp4
         packed = layout_of.quantize(model.floats(name))
     packed = Packed({**packed.arrays, "weight": ordered(packed.arrays["weight"])})
     layout = LAYOUTS[target]
