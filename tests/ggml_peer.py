@@ -11,17 +11,17 @@ from tritkit.checkpoint import matrix_names, matrix_shape
 from tritkit.gguf_model import ggml_name
 from tritkit.layouts import GGML
 
+SPEC = importlib.util.find_spec("llama_cpp")
+if SPEC is None or SPEC.origin is None:
+    raise ModuleNotFoundError("llama-cpp-python is not installed")
 TYPES = {"q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "q2_k": 10, "q3_k": 11, "q4_k": 12, "q5_k": 13}
 TYPES |= {"q6_k": 14, "tq1_0": 34, "tq2_0": 35}
 
 
 @functools.cache
 def library(name: str) -> ctypes.CDLL:
-    """libNAME of llama-cpp-python; ImportError where it is not installed."""
-    spec = importlib.util.find_spec("llama_cpp")
-    if spec is None or spec.origin is None:
-        raise ImportError("llama-cpp-python is not installed")
-    (path,) = (Path(spec.origin).parent / "lib").glob(f"lib{name}.so")
+    """libNAME of llama-cpp-python."""
+    (path,) = (Path(SPEC.origin).parent / "lib").glob(f"lib{name}.so")
     return ctypes.CDLL(str(path))
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from tritkit.checkpoint import EXTRAS, linear_names, matrix_names, matrix_shape, norm_sizes, open_folder, write_folder
 from tritkit.gguf_export import export_gguf
 from tritkit.layouts import LAYOUTS, Unpacked
+from tritkit.methods.importance import Importance
 from tritkit.models.config import ModelConfig, config_from_hf
 from tritkit.models.rope import Rope
 from tritkit.spm import BYTES
@@ -178,7 +179,7 @@ def variants(raw: bytes) -> list[bytes]:
 def every_seed() -> dict[str, list[tuple[str, dict[str, bytes]]]]:
     """By reader: (the file that is damaged, all files of its folder by name)."""
     found: dict[str, list[tuple[str, dict[str, bytes]]]] = {
-        name: [] for name in ("gguf", "safetensors", "tokenizer", "config", "llama2c")
+        name: [] for name in ("gguf", "safetensors", "tokenizer", "config", "llama2c", "imatrix")
     }
     with tempfile.TemporaryDirectory() as name:
         top, tokenizer = Path(name), byte_level()
@@ -214,5 +215,11 @@ def every_seed() -> dict[str, list[tuple[str, dict[str, bytes]]]]:
         checkpoint = {"model.bin": llama2c_checkpoint(), "tok275.bin": llama2c_tokenizer()}
         found["llama2c"].append(("model.bin", checkpoint))
         found["llama2c"].append(("tok275.bin", checkpoint))
+        importance = Importance(datasets=["text"])
+        for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
+            importance.add(name, np.arange(24.0), 600)
+        for end in ("dat", "gguf"):
+            importance.save(top / f"imatrix.{end}")
+            found["imatrix"].append((f"imatrix.{end}", {f"imatrix.{end}": (top / f"imatrix.{end}").read_bytes()}))
         found["inspect"] = [seed for kind in ("gguf", "safetensors", "config", "llama2c") for seed in found[kind]]
     return found
