@@ -220,13 +220,14 @@ def test_rows_that_are_done_correct_the_estimate(place):
     estimate = Estimate(folder, Probe(1e-3, 1e-9, 1e-8), 10.0, 256)
     rtn, gptq = place.recipes["rtn4"], place.recipes["gptq3"]
     assert kind_of(None) == "none" and kind_of(rtn) == "rtn" and kind_of(gptq) == "gptq"
-    assert estimate.predicted(None) == 10 < estimate.predicted(rtn) < estimate.predicted(gptq)
-    assert estimate.predicted(place.recipes["misfit"]) == 0
-    assert estimate.left([None, rtn]) == pytest.approx(estimate.predicted(rtn) + 10)
-    estimate.learn(None, 20.0)
-    assert estimate.left([None, gptq]) == pytest.approx(20 + 2 * estimate.predicted(gptq))
-    estimate.learn(gptq, 0.5 * estimate.predicted(gptq))
-    assert estimate.left([gptq]) == pytest.approx(0.5 * estimate.predicted(gptq))
+    assert estimate.quantising(None) == 0 < estimate.quantising(rtn) < estimate.quantising(gptq)
+    assert estimate.quantising(place.recipes["misfit"]) == 0
+    assert estimate.left([None, rtn]) == pytest.approx(estimate.quantising(rtn) + 20)
+    estimate.learn(None, 0.0, 30.0)  # the evaluation was slower than predicted
+    assert estimate.left([None, gptq]) == pytest.approx(60 + estimate.quantising(gptq))
+    estimate.learn(gptq, 0.5 * estimate.quantising(gptq), 50.0)
+    assert estimate.left([gptq]) == pytest.approx(40 + 0.5 * estimate.quantising(gptq))
+    assert estimate.left([rtn]) == pytest.approx(40 + 0.5 * estimate.quantising(rtn))
     assert [said(s) for s in (5, 600, 9000)] == ["5 s", "10 min", "2.5 h"]
 
 

@@ -356,6 +356,8 @@ def evaluate(arguments: list[str]) -> int:
 
     if (options.suite == "divergence") != (options.parent is not None):
         raise ValueError("--suite divergence and --parent MODEL need each other")
+    if options.suite == "divergence" and options.head is None:
+        options.head = "float"  # as it is stored: rounded to 8 bits it would be a change of its own
     engine = (options.engine, options.threads, options.kv_bits, options.head)
     model = load(options.model, *engine)
     metrics = SUITES[options.suite](

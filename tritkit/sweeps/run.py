@@ -189,7 +189,8 @@ class _Sweep:
             seconds = time.perf_counter() - began
             self.book.add({**row, "seconds": seconds, "time": datetime.now(UTC).isoformat(timespec="seconds")})
             if row["error"] is None:
-                estimate.learn(loaded, seconds)
+                quantising = min(row["metrics"].get("quantize_seconds", 0.0), seconds)
+                estimate.learn(loaded, quantising, seconds - quantising)
             rest = todo[todo.index(loaded) + 1 :]
             left = f"; about {said(estimate.left(rest))} left" if rest else ""
             _tell(f"{number}/{total} {row['name']}: {_news(row)}, {said(seconds)}{left}")
@@ -201,6 +202,8 @@ class _Sweep:
     def _estimate(self, parent: Model) -> Estimate:
         s, probe = self.settings, Probe.measure(parent, self.texts)
         tokens = sum(len(w.tokens) for text in self.texts.values() for w in text.windows)
+        if s.peer is not None and DIVERGENCE in self.texts:  # about as fast as we are
+            tokens += sum(len(w.tokens) for w in self.texts[DIVERGENCE].windows)
         evaluation = tokens * probe.token + SPEED_SECONDS * ("speed" in s.suites)
         return Estimate(self.model, probe, evaluation, s.sequences * s.length if s.calibration else 0)
 
