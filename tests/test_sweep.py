@@ -141,6 +141,13 @@ def test_without_room_for_logits_the_parent_runs_again(place, monkeypatch):
     assert kl[0] == pytest.approx(kl[1], rel=1e-6) and kl[0] > 0
 
 
+def test_books_are_the_calibration_where_none_is_named(place):
+    settings = Settings(**{**vars(place.settings), "calibration": ()})
+    tree = sweep(settings, [place.recipes["rtn4"], place.recipes["gptq3"]], place.out)
+    assert [row.get("calibrated") for row in tree["rows"]] == [False, False, True]
+    assert "4 x 64 tokens of the bundled books" in markdown(tree)
+
+
 def test_other_settings_are_another_sweep(place):
     sweep(place.settings, [], place.out)
     before = place.out.read_bytes()
@@ -159,7 +166,6 @@ REFUSED = {
     "no suite": (["--suites", ","], "--suites is empty"),
     "recipe": (["nofile.toml"], "nofile.toml"),
     "short": (["--data", "{short}"], "shorter than one window"),
-    "calibration": (["{gptq3}"], "gptq3: the method gptq needs calibration data"),
     "short calibration": (["{gptq3}", "--calibration", "{short}"], "the calibration text has"),
     "same text": (["--data", "{text}", "--calibration", "{text}"], "is both calibration and test"),
     "out": (["--out", "sweep.txt"], "expected a name that ends in .json"),

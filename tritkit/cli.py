@@ -396,7 +396,9 @@ def sweep(arguments: list[str]) -> int:
     parser.add_argument("--data", action="append", default=[], help="test text (default: the bundled held-out books)")
     parser.add_argument("--chunks", type=int, default=40, help="of 512 tokens, llama.cpp's protocol (default 40)")
     parser.add_argument("--windows", type=int, default=10, help="of 2048 tokens, gptq's protocol (default 10; 0: all)")
-    parser.add_argument("--calibration", action="append", default=[], metavar="TEXT", help="another text, for methods")
+    parser.add_argument(
+        "--calibration", action="append", default=[], metavar="TEXT", help="for methods (default: books)"
+    )
     parser.add_argument("--sequences", type=int, default=32, help="of calibration (default 32)")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence (default 2048)")
     parser.add_argument("--text-field", default="text", help="field of .jsonl that holds the text")

@@ -25,7 +25,7 @@ from ..files import atomic_open
 from ..folderfacts import describe
 from ..jsonfile import read_object
 from ..methods.calibration import read_calibration
-from ..methods.quantizer import all_plans, needs_inputs, quantize_folder, what_needs
+from ..methods.quantizer import all_plans, bundled_text, needs_inputs, quantize_folder
 from ..methods.recipe import LoadedRecipe
 from ..models.config import ModelConfig
 from ..progress import console
@@ -86,20 +86,23 @@ def _require_names(recipes: Sequence[LoadedRecipe], exact: Sequence[str]) -> Non
 
 
 def _require_calibration(model: ModelFolder, settings: Settings, recipes: Sequence[LoadedRecipe]) -> None:
-    """ValueError where a method needs a calibration text, and there is none or it is too short."""
-    for loaded in recipes:
-        try:
-            plans = all_plans(model, loaded, bool(settings.calibration))
-        except ValueError:  # a recipe that does not fit this model: its row will say so
-            continue
-        needs = next((plan for plan in plans.values() if needs_inputs(plan, loaded)), None)
-        if needs is not None and not settings.calibration:
-            raise ValueError(f"{loaded.recipe.name}: {what_needs(needs, loaded)} needs calibration data; give text "
-                             "with --calibration")  # fmt: skip
-    if settings.calibration:
-        longest = model.config.max_position_embeddings
-        words = model.tokenizer()
-        read_calibration(words, settings.calibration, 1, settings.length, 0, longest, settings.text_field)
+    """ValueError where the calibration text is too short."""
+    texts = [calibration_of(model, settings, loaded) for loaded in recipes]
+    if settings.calibration or None in texts:
+        sources, longest = settings.calibration or [str(bundled_text())], model.config.max_position_embeddings
+        read_calibration(model.tokenizer(), sources, 1, settings.length, 0, longest, settings.text_field)
+
+
+def calibration_of(model: ModelFolder, settings: Settings, loaded: LoadedRecipe) -> tuple[str, ...] | None:
+    """The text for one recipe: none, (), where it has no use for one; None: the bundled books."""
+    try:
+        plans = all_plans(model, loaded, bool(settings.calibration)).values()
+    except ValueError:  # a recipe that does not fit this model: its row will say so
+        return ()
+    if any(needs_inputs(plan, loaded) for plan in plans):
+        return settings.calibration or None
+    weighs = loaded.recipe.importance and any(plan.method == "search" for plan in plans)
+    return settings.calibration if weighs else ()
 
 
 class Book:
@@ -178,7 +181,7 @@ class _Sweep:
         tokens = sum(len(w.tokens) for text in self.texts.values() for w in text.windows)
         _tell(
             f"sweep: {len(todo)} of {total} rows to do, about {said(estimate.left(todo))} "
-            f"({tokens:,} tokens to read a row, {s.sequences if s.calibration else 0} x {s.length} to calibrate on)"
+            f"({tokens:,} tokens to read a row, {s.sequences} x {s.length} to calibrate on)"
         )
         self.work.mkdir(exist_ok=True)
         self.reference = self._reference(parent) if "divergence" in s.suites else None
@@ -205,7 +208,7 @@ class _Sweep:
         if s.peer is not None and DIVERGENCE in self.texts:  # about as fast as we are
             tokens += sum(len(w.tokens) for w in self.texts[DIVERGENCE].windows)
         evaluation = tokens * probe.token + SPEED_SECONDS * ("speed" in s.suites)
-        return Estimate(self.model, probe, evaluation, s.sequences * s.length if s.calibration else 0)
+        return Estimate(self.model, probe, evaluation, s.sequences * s.length)
 
     def _reference(self, parent: Model) -> Reference:
         """The parent's logits: kept in a file where the disk has room, else computed for every row again."""
@@ -236,6 +239,7 @@ class _Sweep:
         try:
             made = self._parent() if loaded is None else self._quantised(loaded, folder)
             row["method"] = "" if loaded is None else method_of(loaded)
+            row["calibrated"] = loaded is not None and calibration_of(self.model, self.settings, loaded) != ()
             row["metrics"] = made | self._measured(Path(self.settings.model) if loaded is None else folder)
         except Exception as error:  # one recipe must not end a night's work, whatever is wrong with it
             text = " ".join(str(error).split())
@@ -254,13 +258,11 @@ class _Sweep:
         made = next((run for run in results.read(folder) if run["verb"] == "quantize"), None)
         if made is not None and made["metrics"].get("recipe_digest") == loaded.digest():
             return made["metrics"]
-        plans = all_plans(self.model, loaded, bool(s.calibration)).values()
-        weighs = loaded.recipe.importance and any(plan.method == "search" for plan in plans)
         return quantize_folder(
             s.model,
             folder,
             loaded,
-            s.calibration if weighs or any(needs_inputs(plan, loaded) for plan in plans) else (),
+            calibration_of(self.model, s, loaded),
             sequences=s.sequences,
             length=s.length,
             text_field=s.text_field,

@@ -85,11 +85,10 @@ def notes(tree: dict[str, Any]) -> list[str]:
         if m is not None:
             found.append(f"{protocol}: {m[f'{name}_tokens']:,} predictions in windows of {m[f'{name}_context']} of "
                          f"{m[f'{name}_text']}.")  # fmt: skip
-    if settings["calibration"]:
-        names = ", ".join(Path(source).name for source in settings["calibration"])
-        found.append(
-            f"Calibration, where a method has one: {settings['sequences']} x {settings['length']} tokens of {names}."
-        )
+    if any(row.get("calibrated") for row in rows):
+        names = ", ".join(Path(source).name for source in settings["calibration"]) or "the bundled books"
+        size = f"{settings['sequences']} x {settings['length']} tokens"
+        found.append(f"Calibration, where a method has one: {size} of {names}.")
     engines = {m["eval_engine"] for m in known if "eval_engine" in m}
     if engines:
         torch = [r["name"] for r in rows if r["metrics"].get("eval_engine") == "torch"]
