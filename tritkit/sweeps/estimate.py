@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -108,6 +109,12 @@ class Estimate:
             sums = self.done.setdefault(kind_of(loaded), [0.0, 0.0])
             sums[0] += self.quantising(loaded)
             sums[1] += quantising
+
+    def learn_row(self, loaded: LoadedRecipe | None, row: dict[str, Any]) -> None:
+        """The same from a row of the file; one that failed teaches nothing."""
+        if row["error"] is None:
+            quantising = min(row["metrics"].get("quantize_seconds", 0.0), row["seconds"])
+            self.learn(loaded, quantising, row["seconds"] - quantising)
 
     def left(self, rows: Sequence[LoadedRecipe | None]) -> float:
         """Seconds for all of these: predicted, times what rows of the same kind really took of it, or all rows."""

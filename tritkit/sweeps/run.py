@@ -64,9 +64,8 @@ def sweep(
     wanted = [None, *recipes]
     for loaded in recipes:
         book.mark(loaded, _is_exact(loaded, exact))
-    todo = [loaded for loaded in wanted if not book.has(loaded)]
-    if todo:
-        _Sweep(settings, model, book, threads, keep, exact).run(todo, len(wanted))
+    if not all(book.has(loaded) for loaded in wanted):
+        _Sweep(settings, model, book, threads, keep, exact).run(wanted)
     book.order(wanted)
     return book.tree
 
@@ -124,7 +123,9 @@ class Book:
         rows = tree.get("rows")
         if tree.get("schema") != SCHEMA or not isinstance(rows, list) or not isinstance(tree.get("settings"), dict):
             raise ValueError(f"{path} is no file of a sweep; give another --out")
-        if not all(isinstance(r, dict) and {"name", "digest", "metrics", "error"} <= set(r) for r in rows):
+        if not all(
+            isinstance(r, dict) and {"name", "digest", "metrics", "error", "exact", "seconds"} <= set(r) for r in rows
+        ):
             raise ValueError(f"{path} has rows that are none of a sweep; give another --out")
         settings.require_same(tree["settings"], path)
         return cls(path, tree)
@@ -173,11 +174,16 @@ class _Sweep:
         self.exact = exact
         self.work = book.path.with_suffix(".work")
 
-    def run(self, todo: list[LoadedRecipe | None], total: int) -> None:
-        s = self.settings
+    def run(self, wanted: Sequence[LoadedRecipe | None]) -> None:
+        s, total = self.settings, len(wanted)
+        todo = [loaded for loaded in wanted if not self.book.has(loaded)]
         parent = s.open(s.model, self.threads)
         self.texts = s.texts(parent)
         estimate = self._estimate(parent)
+        for loaded in wanted:
+            row = self.book.row(loaded)
+            if row is not None:
+                estimate.learn_row(loaded, row)
         tokens = sum(len(w.tokens) for text in self.texts.values() for w in text.windows)
         _tell(
             f"sweep: {len(todo)} of {total} rows to do, about {said(estimate.left(todo))} "
@@ -189,14 +195,13 @@ class _Sweep:
         for number, loaded in enumerate(todo, total - len(todo) + 1):
             began = time.perf_counter()
             row = self._row(loaded)
-            seconds = time.perf_counter() - began
-            self.book.add({**row, "seconds": seconds, "time": datetime.now(UTC).isoformat(timespec="seconds")})
-            if row["error"] is None:
-                quantising = min(row["metrics"].get("quantize_seconds", 0.0), seconds)
-                estimate.learn(loaded, quantising, seconds - quantising)
+            row["seconds"] = time.perf_counter() - began
+            row["time"] = datetime.now(UTC).isoformat(timespec="seconds")
+            self.book.add(row)
+            estimate.learn_row(loaded, row)
             rest = todo[todo.index(loaded) + 1 :]
             left = f"; about {said(estimate.left(rest))} left" if rest else ""
-            _tell(f"{number}/{total} {row['name']}: {_news(row)}, {said(seconds)}{left}")
+            _tell(f"{number}/{total} {row['name']}: {_news(row)}, {said(row['seconds'])}{left}")
         for file in self.work.glob("*.logits"):
             file.unlink()
         with suppress(OSError):  # what else is in there is somebody's
@@ -254,15 +259,18 @@ class _Sweep:
 
     def _quantised(self, loaded: LoadedRecipe, folder: Path) -> dict[str, Any]:
         """The folder, made now or by a sweep that was stopped after it; its metrics."""
-        s = self.settings
+        s, calibration = self.settings, calibration_of(self.model, self.settings, loaded)
         made = next((run for run in results.read(folder) if run["verb"] == "quantize"), None)
-        if made is not None and made["metrics"].get("recipe_digest") == loaded.digest():
-            return made["metrics"]
+        if made is not None:
+            of = (made["settings"].get("parent"), made["settings"].get("calibration"))
+            same = of == (str(self.model.path), [str(bundled_text())] if calibration is None else list(calibration))
+            if same and made["metrics"].get("recipe_digest") == loaded.digest():
+                return made["metrics"]
         return quantize_folder(
             s.model,
             folder,
             loaded,
-            calibration_of(self.model, s, loaded),
+            calibration,
             sequences=s.sequences,
             length=s.length,
             text_field=s.text_field,
