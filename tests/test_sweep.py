@@ -17,7 +17,7 @@ from tritkit.sweeps import run as module
 from tritkit.sweeps.estimate import Estimate, Probe, kind_of, said
 from tritkit.sweeps.run import sweep
 from tritkit.sweeps.settings import Settings
-from tritkit.sweeps.table import markdown, write_markdown
+from tritkit.sweeps.table import COLUMNS, markdown, write_markdown
 
 SIZES = {"intermediate_size": 128, "initializer_range": 0.05}
 RECIPES = {
@@ -213,6 +213,14 @@ def test_the_verb_prints_and_writes_the_table(place, text_file, capsys, monkeypa
     assert markdown(tree) in (place.folder / "new.md").read_text()
     header, line, *body = markdown(tree).split("\n\n")[0].splitlines()
     assert {header.count("|"), line.count("|"), *(row.count("|") for row in body)} == {header.count("|")}
+
+
+def test_small_numbers_have_digits_enough():
+    def cell(value, error):
+        return COLUMNS["KL to the parent, nats"]({"metrics": {"divergence_kl": value, "divergence_kl_error": error}})
+
+    assert cell(0.0, 0.0) == "0.0000" and cell(0.49291, 0.0273) == "0.4929 ± 0.0273"
+    assert cell(0.000179312, 3.1e-6) == "0.000179 ± 0.000003"
 
 
 def test_the_suite_speed_is_bench(make_folder):

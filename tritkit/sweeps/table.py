@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,11 +18,16 @@ Row = dict[str, Any]
 
 
 def _with_error(name: str, digits: int, of: float = 1.0) -> Callable[[Row], str]:
+    """So many digits behind the point, and more where the error begins later."""
+
     def write(row: Row) -> str:
         value, error = row["metrics"].get(name), row["metrics"].get(f"{name}_error")
         if value is None:
             return ""
-        return f"{of * value:.{digits}f}" + ("" if error is None else f" ± {of * error:.{digits}f}")
+        if not error:
+            return f"{of * value:.{digits}f}"
+        shown = max(digits, -math.floor(math.log10(of * error)))
+        return f"{of * value:.{shown}f} ± {of * error:.{shown}f}"
 
     return write
 
