@@ -1,10 +1,12 @@
 """Folders of quantised models through both engines: every layout in its own bits, rounded inputs, adapters. The torch
 engine is the truth for the native one; gguf, the formats and the papers' formulas are torch's (test_stored.py)."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
-from mixed import FORMATS, WIDE, mixed, packed
+from mixed import DTYPES, FORMATS, WIDE, mixed, packed
 from test_engines import MEAN_KL, MEDIAN_LOGIT, TOP_1, log_softmax, teacher_forced
 
 from tritkit import _native
@@ -16,6 +18,7 @@ from tritkit.engine.native import NativeEngine
 from tritkit.engine.torch import input_quantizer, model_of
 from tritkit.formats import format_of
 from tritkit.stored import InputQuantizer, StoredLinear, StoredMatrix
+from tritkit.tensorfile import StoredTensor
 
 INPUTS = ["int8_row", "int8_tensor", "int8_tensor_asym", "int8_g32", "int4_row", "int8_row_asym", "a8_g32", "a8",
           "int6_tensor", "int5_tensor_asym", "a8_q128", "int8_g64"]  # fmt: skip
@@ -255,6 +258,25 @@ def test_what_the_native_engine_does_not_run_torch_does(source, tmp_path, tokens
         load(folder)
     engine = load(folder, "torch").engine
     assert np.isfinite(engine.step([Job(engine.new(), tokens[:20], "all")])[0]).all()
+
+
+@pytest.mark.parametrize("engine", ["native", "torch"])
+@pytest.mark.parametrize(
+    ("suffix", "array", "message"),
+    [
+        ("weight_code", np.array([9, -8], np.int16), "q_proj: dense holds 1 to 8 bits a code"),
+        ("weight_code", np.array([4], np.int16), r"q_proj: dense wants weight_code of \(2,\)"),
+        ("weight_scale", np.ones((256, 7), np.float16), "q_proj: dense has weight_scale of"),
+        ("weight", np.zeros((255, 128), np.uint8), "q_proj: dense wants"),
+    ],
+)
+def test_odd_codes_are_refused(source, tmp_path, engine, suffix, array, message):
+    folder = open_folder(mixed(source, tmp_path / "m", ["int4_g32"]))
+    name = linear_names(folder.config)[0]
+    odd = {**folder.tensors, f"{name}.{suffix}": StoredTensor(DTYPES[array.dtype.name], array)}
+    opened = dataclasses.replace(folder, tensors=odd)
+    with pytest.raises(ValueError, match=message):
+        decoder_weights(opened) if engine == "native" else model_of(opened)
 
 
 def test_llm_int8_keeps_what_is_large(source, tmp_path, tokens):

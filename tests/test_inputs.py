@@ -80,6 +80,19 @@ def test_containers_that_cannot_hold_them_refuse(source, tmp_path):
         assert not (tmp_path / out).exists()
 
 
+def test_inspect_tells_of_them(source, tmp_path):
+    from tritkit.inspection import inspect
+
+    found = inspect(mixed(source, tmp_path / "m", ["int4_g32"], ["int8_row", "int8_tensor"], (0,)))
+    assert "7 linears round their inputs to int8_tensor" in found["odd"]
+    assert "1 of 2 layers have an adapter: y = layer(x) + W x + b" in found["odd"]
+    assert not any(line.startswith("export") for line in found["can"]) and "native" in found["can"][0]
+    (linears,) = (row for row in found["matrices"] if row["place"] == "linears")
+    assert 4.5 < linears["bits_per_weight"] < 4.51  # codes, float16 scales, headers
+    outliers = inspect(mixed(source, tmp_path / "o", ["int8_row"], ["int8_row+outliers"]))
+    assert "--engine torch" in outliers["can"][0]
+
+
 ODD = [
     ({"inputs": {Q: "int9_row"}}, r"q_proj: inputs cannot be 'int9_row'; known are"),
     ({"inputs": {"model.layers.9.self_attn.q_proj": "int8_row"}}, "which is no linear of this model's layers"),

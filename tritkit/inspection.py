@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from . import gguf_plan, hf_export
 from .checkpoint import EMBEDDING, HEAD, ModelFolder, linear_names, matrix_names, matrix_shape
 from .folderfacts import PerLinear, code_shares, describe
 from .gguf import GGUFFile, Strings
+from .inputs import OUTLIERS
 from .layouts import GGML
 from .newfolder import nonfinite
 from .sources import open_model
@@ -80,7 +81,7 @@ def _matrices(model: ModelFolder) -> list[dict[str, Any]]:
         row = rows.setdefault((place, layout), {"place": place, "layout": layout, "count": 0, "weights": 0, "bytes": 0})
         row["count"] += 1
         row["weights"] += int(np.prod(matrix_shape(model.config, name)))
-        row["bytes"] += stored.array.nbytes
+        row["bytes"] += model.packed(name).nbytes if name in model.layouts else stored.array.nbytes
         low, high = _scales(model, name)
         row["smallest_scale"] = min(row.get("smallest_scale", low), low)
         row["largest_scale"] = max(row.get("largest_scale", high), high)
@@ -131,6 +132,7 @@ def _odd(model: ModelFolder) -> Iterator[str]:
         broken = nonfinite(model, name, tensor)
         if broken:
             yield f"{name} has {broken} not finite: the file is damaged"
+    yield from _extras(model)
     ternary = [n for n in linear_names(model.config) if model.layouts.get(n, "").startswith(("tq", "i2_s"))]
     if ternary and model.config.weights is None:
         yield (
@@ -146,12 +148,22 @@ def _odd(model: ModelFolder) -> Iterator[str]:
         yield "its ternary scales divide (bitlinear); those of autobitlinear multiply"
 
 
+def _extras(model: ModelFolder) -> Iterator[str]:
+    """Rounded inputs and adapters, which no other container has."""
+    for kind, count in Counter(model.inputs.values()).items():
+        yield f"{count} linears round their inputs to {kind}"
+    if model.adapters:
+        of_all = f"{len(model.adapters)} of {model.config.num_hidden_layers}"
+        yield f"{of_all} layers have an adapter: y = layer(x) + W x + b"
+
+
 def _can(model: ModelFolder, tokenizer: dict[str, Any] | None) -> list[str]:
     """Verbs that work on it."""
     verbs = ["bench"]
     if tokenizer is not None:
         verbs = ["generate", *(["chat"] if tokenizer["chat_template"] else []), "eval", "bench"]
     native = "mxfp4" not in model.layouts.values()  # the one type of ggml that engine.load refuses to the native one
+    native = native and not any(kind.endswith(OUTLIERS) or kind == "a4" for kind in model.inputs.values())
     can = [f"{', '.join(verbs)}, with {'the native or the torch engine' if native else '--engine torch'}"]
     if model.container != "folder":
         can.append("import to a model folder")
@@ -159,6 +171,8 @@ def _can(model: ModelFolder, tokenizer: dict[str, Any] | None) -> list[str]:
         can.append("train: go on from its weights")
     if model.config.weights and not model.is_packed:
         can.append("pack")
+    if model.adapters or model.inputs:
+        return can  # no other container holds these
     ternary = model.config.weights == "ternary"
     types = ", ".join(kind for kind in gguf_plan.WRITTEN if ternary or kind not in gguf_plan.TERNARY)
     kept = f", and as it is: {model.layout}" if model.layout and {*model.layouts.values()} <= {*GGML} else ""

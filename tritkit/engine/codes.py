@@ -21,10 +21,16 @@ STRIP = 32  # groups of inputs are
 
 def grouped(layout: str, arrays: dict[str, np.ndarray], shape: tuple[int, int]) -> tuple[np.ndarray, Groups, float]:
     """The codes as they lie, what they mean, and a scale for all of them; ValueError for what has no native form."""
+    first = LAYOUTS[layout].rows(Packed(arrays), shape, slice(0, 1))
+    if first is None:
+        raise ValueError(f"{layout} wants {shape[0]} rows of bytes, but there are {len(arrays['weight'])}")
+    LAYOUTS[layout].unpack(first, (1, shape[1]))  # which says what is odd about the arrays
     if layout in CODEBOOKS:
         data, groups, scale = _of_table(layout, arrays, shape)
     else:
         data, groups, scale = _of_dense(arrays, shape)
+    if not np.isfinite(groups.scales).all():
+        raise ValueError(f"{int((~np.isfinite(groups.scales)).sum())} of its scales are not finite")
     if groups.size < shape[1] and groups.size % UNIT:
         raise ValueError(
             f"it has groups of {groups.size} columns; the native engine runs multiples of {UNIT}, --engine torch any"

@@ -15,6 +15,7 @@ from ..checkpoint import EMBEDDING, HEAD, ModelFolder, matrix_shape
 from ..formats import format_of
 from ..inputs import input_format
 from ..layers import Adapter, PackedLinear
+from ..layouts import LAYOUTS
 from ..layouts.translate import one_scale
 from ..models.transformer import KVCache, Transformer, build, linears_of
 from ..stored import InputQuantizer, StoredEmbedding, StoredLinear
@@ -131,7 +132,14 @@ def model_of(folder: ModelFolder) -> Transformer:
 
 
 def _stored(folder: ModelFolder, name: str) -> tuple[str, dict[str, np.ndarray], tuple[int, int]]:
-    return folder.layouts[name], folder.packed(name).arrays, matrix_shape(folder.config, name)
+    """Layout, arrays and shape of a matrix of codes; ValueError where the arrays are odd."""
+    layout, packed, shape = folder.layouts[name], folder.packed(name), matrix_shape(folder.config, name)
+    try:
+        first = LAYOUTS[layout].rows(packed, shape, slice(0, 1))
+        LAYOUTS[layout].unpack(packed if first is None else first, shape if first is None else (1, shape[1]))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    return layout, packed.arrays, shape
 
 
 def input_quantizer(folder: ModelFolder, name: str) -> InputQuantizer | None:
