@@ -11,17 +11,17 @@ from tritkit.checkpoint import matrix_names, matrix_shape
 from tritkit.gguf_model import ggml_name
 from tritkit.layouts import GGML
 
+SPEC = importlib.util.find_spec("llama_cpp")
+if SPEC is None or SPEC.origin is None:
+    raise ModuleNotFoundError("llama-cpp-python is not installed")
 TYPES = {"q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "q2_k": 10, "q3_k": 11, "q4_k": 12, "q5_k": 13}
 TYPES |= {"q6_k": 14, "tq1_0": 34, "tq2_0": 35}
 
 
 @functools.cache
 def library(name: str) -> ctypes.CDLL:
-    """libNAME of llama-cpp-python; ImportError where it is not installed."""
-    spec = importlib.util.find_spec("llama_cpp")
-    if spec is None or spec.origin is None:
-        raise ImportError("llama-cpp-python is not installed")
-    (path,) = (Path(spec.origin).parent / "lib").glob(f"lib{name}.so")
+    """libNAME of llama-cpp-python."""
+    (path,) = (Path(SPEC.origin).parent / "lib").glob(f"lib{name}.so")
     return ctypes.CDLL(str(path))
 
 
@@ -109,3 +109,69 @@ def quantize_file(source, out, file_type: int, importance: dict[str, np.ndarray]
     with quiet():
         failed = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(params))
     assert not failed
+
+
+class _Tensor(ctypes.Structure):
+    """struct ggml_tensor of ggml.h."""
+
+
+_Tensor._fields_ = [
+    ("type", ctypes.c_int),
+    ("buffer", ctypes.c_void_p),
+    ("columns", ctypes.c_int64),
+    ("more_sizes", ctypes.c_int64 * 3),
+    ("strides", ctypes.c_size_t * 4),
+    ("operation", ctypes.c_int),
+    ("parameters", ctypes.c_int32 * 16),
+    ("flags", ctypes.c_int32),
+    ("sources", ctypes.POINTER(_Tensor) * 10),
+    ("view", ctypes.c_void_p),
+    ("view_offset", ctypes.c_size_t),
+    ("data", ctypes.c_void_p),
+    ("name", ctypes.c_char * 64),
+]
+
+
+def squares_of_inputs(path, sequences: np.ndarray) -> dict[str, np.ndarray]:
+    """What llama-imatrix collects: sums of x^2 of the inputs of each matrix of the layers, float64 by GGUF's names, as
+    llama.cpp itself runs the sequences, int [n, length]."""
+    import llama_cpp
+    from llama_cpp_peer import quiet
+
+    name_of = library("ggml-base").ggml_op_name
+    name_of.restype, found = ctypes.c_char_p, {}
+
+    @llama_cpp.ggml_backend_sched_eval_callback
+    def watch(tensor, ask, _):
+        tensor = ctypes.cast(tensor, ctypes.POINTER(_Tensor)).contents
+        if name_of(tensor.operation) != b"MUL_MAT" or not tensor.sources[0].contents.name.startswith(b"blk."):
+            return not ask
+        if not ask:
+            x = tensor.sources[1].contents
+            assert x.type == 0 and x.strides[1] == 4 * x.columns and x.more_sizes[1] == 1
+            rows = (ctypes.c_float * (x.columns * x.more_sizes[0])).from_address(x.data)
+            squares = (np.ctypeslib.as_array(rows).reshape(-1, x.columns).astype(np.float64) ** 2).sum(0)
+            name = tensor.sources[0].contents.name.decode()
+            found[name] = found.get(name, 0) + squares
+        return True
+
+    with quiet():
+        model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+        params = llama_cpp.llama_context_default_params()
+        length = sequences.shape[1]
+        params.n_ctx = params.n_batch = params.n_ubatch = length
+        params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
+        params.cb_eval = watch
+        context = llama_cpp.llama_init_from_model(model, params)
+        batch = llama_cpp.llama_batch_init(length, 0, 1)
+        for tokens in sequences.tolist():
+            llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+            batch.n_tokens = length
+            for i, token in enumerate(tokens):
+                batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, i, 1, 0
+                batch.logits[i] = 1  # else the last layer is computed for the last token alone
+            assert llama_cpp.llama_decode(context, batch) == 0
+        llama_cpp.llama_batch_free(batch)
+        llama_cpp.llama_free(context)
+        llama_cpp.llama_model_free(model)
+    return found

@@ -10,7 +10,7 @@ import pytest
 import torch
 from integer_folder import integer_folder, stored
 
-from tritkit.checkpoint import linear_names, open_folder
+from tritkit.checkpoint import float_to_bf16, linear_names, open_folder
 from tritkit.engine.torch import model_of
 from tritkit.formats import format_of
 from tritkit.hf_export import export_hf
@@ -18,7 +18,7 @@ from tritkit.importer import import_model
 from tritkit.layouts import Packed, Unpacked
 from tritkit.layouts.compressed import PackQuantized
 from tritkit.methods.rtn import unpacked
-from tritkit.tensorfile import TensorFile, write_tensors
+from tritkit.tensorfile import StoredTensor, TensorFile, write_tensors
 
 UP = "model.layers.0.mlp.up_proj"
 SAME_MODE = 1e-4  # float32, same operations: only the order of sums differs
@@ -197,6 +197,17 @@ def test_an_imported_folder_computes_the_same(folder, tmp_path):
     with torch.no_grad():
         found = [model_of(f)(tokens) for f in (ours, theirs, parent)]
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_scales_in_bfloat16_are_kept(folder):
+    """As llm-compressor writes them for models in bfloat16; float16 holds such numbers down to 2^-17."""
+    path = folder / "model.safetensors"
+    found = {key: stored(np.array(t.array)) for key, t in TensorFile(path).items()}
+    raw = float_to_bf16(found[f"{UP}.weight_scale"].float32())
+    found[f"{UP}.weight_scale"] = StoredTensor("BF16", raw)
+    write_tensors(path.with_suffix(".new"), found, {})
+    path.with_suffix(".new").replace(path)
+    assert np.array_equal(open_folder(folder).codes(UP).scale, StoredTensor("BF16", raw).float32())
 
 
 def test_columns_in_another_order_are_refused(folder):

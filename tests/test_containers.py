@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from integer_folder import integer_folder
 
 from tritkit.checkpoint import linear_names, open_folder
 from tritkit.difference import DIFFERENT, EQUAL, MISSING, differences
@@ -20,6 +21,14 @@ from tritkit.pack import pack
 
 DOCS = Path(__file__).parent.parent / "docs" / "containers.md"
 WIDE = {"hidden_size": 256, "intermediate_size": 512}
+FOREIGN = (
+    ("gptq", "GPTQ folder, version 1", "symmetric 2, 3, 4, 8 bits in groups", "GPTQModel",
+     ("int2_g16", "int3_g32", "int4_g64", "int8_g32")),
+    ("gptq_v2", "GPTQ folder, version 2", "2, 3, 4, 8 bits in groups", "GPTQModel",
+     ("int2_g16_asym", "int3_g32", "int4_g64_asym", "int8_g32")),
+    ("compressed-tensors", "compressed-tensors folder", "`pack-quantized`, 2 to 8 bits",
+     "compressed-tensors, transformers", ("int2_g16_asym", "int3_g32", "int4_row", "int6_g64_asym", "int8_row")),
+)  # fmt: skip
 BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
 
 
@@ -70,6 +79,27 @@ def rows(make_folder, tmp_path):
     import_model(tmp_path / "binary", tmp_path / "binary-2")
     exact = yes(is_same(open_folder(tmp_path / "binary"), open_folder(tmp_path / "binary-2")))
     row("tritkit folder", "`binary_rows`", yes(True), yes(True), exact, "transformers after `import tritkit`")
+
+    for kind, formats in {
+        "`dense`, int2 to int8": ("int2_g16", "int3_g32_asym", "int5_row", "int8_tensor"),
+        "`nf4`, `nf4_dq`, `fp4`": ("nf4", "nf4_dq", "fp4"),
+    }.items():
+        exact = [True]
+        for format in formats:
+            folder = open_folder(integer_folder(full.path, tmp_path / format, format))
+            import_model(folder.path, tmp_path / f"{format}-2")
+            exact.append(is_same(folder, open_folder(tmp_path / f"{format}-2")))
+        proof = "bitsandbytes (nf4)" if "nf4" in kind else "`test_layouts.py`"
+        row("tritkit folder", kind, yes(True), yes(True), yes(all(exact)), proof)
+    for to, name, layout, proof, formats in FOREIGN:
+        exact = [True]
+        for format in formats:
+            folder = open_folder(integer_folder(full.path, tmp_path / f"{to}-{format}-0", format))
+            export_hf(folder, tmp_path / f"{to}-{format}", to)
+            back = open_folder(tmp_path / f"{to}-{format}")
+            import_model(back.path, tmp_path / f"{to}-{format}-2")
+            exact.append(is_same(folder, back) and is_same(back, open_folder(tmp_path / f"{to}-{format}-2")))
+        row(name, layout, yes(True), yes(True), yes(all(exact)), proof)
 
     export_gguf(full, tmp_path / "f32.gguf", "f32")
     rounding = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "mxfp4")

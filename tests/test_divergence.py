@@ -133,3 +133,33 @@ def test_other_tokens_are_refused(make_folder, text_file):
     short = load(make_folder("llama", seed=2, max_position_embeddings=64))
     with pytest.raises(ValueError, match="context is 64"):
         evaluate(model, [str(text_file)], parent=short)
+
+
+@pytest.mark.interop
+@pytest.mark.filterwarnings("ignore")
+def test_llama_cpps_own_logits_give_the_same(make_folder, text_file, tmp_path):
+    """Both files run by llama.cpp, its KL from its logits; it rounds activations to int8 in groups of 32, as we do."""
+    pytest.importorskip("llama_cpp")
+    from llama_cpp_peer import Peer
+
+    from tritkit.checkpoint import open_folder
+    from tritkit.gguf_export import export_gguf
+
+    source = open_folder(make_folder("llama", hidden_size=128))
+    for kind in ("f32", "q4_0"):
+        export_gguf(source, tmp_path / f"{kind}.gguf", kind, "f32")
+    model, parent = (load(tmp_path / f"{kind}.gguf", kv_bits=32, head="float") for kind in ("q4_0", "f32"))
+    options = {"protocol": "llama.cpp", "context": 64, "limit": 4 * 31}
+    metrics = evaluate(model, [str(text_file)], parent=parent, **options)
+    peers = [Peer(tmp_path / f"{kind}.gguf", context=64) for kind in ("q4_0", "f32")]
+    kl, same = [], []
+    for window in scored_text(model, [str(text_file)], **options).windows:
+        q, p = (peer.logits(window.tokens.tolist())[32:63].astype(np.float64) for peer in peers)
+        p, q = (x - np.log(np.exp(x).sum(axis=1, keepdims=True)) for x in (p, q))
+        kl.append((np.exp(p) * (p - q)).sum(axis=1))
+        same.append(p.argmax(axis=1) == q.argmax(axis=1))
+    for peer in peers:
+        peer.close()
+    assert metrics["divergence_tokens"] == np.concatenate(kl).size
+    assert metrics["divergence_kl"] == pytest.approx(np.concatenate(kl).mean(), rel=0.02)  # two ways to round to int8
+    assert metrics["divergence_top1"] == pytest.approx(np.concatenate(same).mean(), abs=0.02)

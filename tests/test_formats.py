@@ -7,7 +7,10 @@ import torch
 from tritkit.formats import FORMATS, QTensor, fake_quantize, format_of
 from tritkit.layouts import GGML, Packed
 from tritkit.layouts.search import SEARCHES, quantize
+from tritkit.methods import gptq
+from tritkit.methods.recipe import Plan, Recipe
 from tritkit.methods.rtn import unpacked
+from tritkit.methods.stats import InputStats
 
 GRAMMAR = [
     f"int{bits}_{group}{asym}"
@@ -239,3 +242,16 @@ def test_formats_of_ggml_pack_to_the_bytes_of_the_search(name):
 def test_a_row_that_is_no_whole_blocks_is_refused():
     with pytest.raises(ValueError, match="q4_k has blocks of 256 weights of a row, but a row has 576 weights"):
         format_of("q4_k").quantize(torch.zeros(2, 576))
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_gptq_chooses_other_codes_on_grids_of_ggml_and_their_bytes_hold_them(name):
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(1024, 512, generator=random) @ (torch.eye(512) + 0.3 * torch.randn(512, 512, generator=random))
+    w, format, stats = gaussian(1, (16, 512)), format_of(name), InputStats(512)
+    stats.update(x)
+    q = gptq.solve(w, Plan(format, "gptq"), stats, Recipe(format=name, method="gptq"))
+    rows = GGML[name].pack(unpacked(q))
+    assert np.array_equal(GGML[name].dequantize(rows, (16, 512)), q.dequantize().numpy())
+    searched = format.quantize(w, stats.second_moment).dequantize()
+    assert stats.output_error(q.dequantize() - w) < stats.output_error(searched - w)

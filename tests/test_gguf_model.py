@@ -11,7 +11,7 @@ from tritkit.difference import DIFFERENT, EQUAL, MISSING, REQUANTISED, ROUNDED, 
 from tritkit.engine.torch import model_of
 from tritkit.gguf import GGUFFile
 from tritkit.gguf_check import K_QUANTS, largest_error
-from tritkit.gguf_config import llama3_factors, llama3_scaling
+from tritkit.gguf_config import FILE_TYPES, llama3_factors, llama3_scaling
 from tritkit.gguf_export import export_gguf
 from tritkit.gguf_model import (
     ggml_name,
@@ -445,6 +445,16 @@ def test_importance_changes_the_bytes_of_the_linears_it_knows(make_folder, tmp_p
     export_gguf(folder, tmp_path / "weighed.gguf", kind, imatrix=tmp_path / "imatrix.gguf")
     files = [GGUFFile(tmp_path / f"{name}.gguf") for name in ("plain", "weighed")]
     assert [n for n in files[0] if not np.array_equal(*(f[n].data for f in files))] == [ggml_name(f"{known}.weight")]
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_a_file_says_its_mix_also_when_it_is_written_again(make_folder, tmp_path, mix):
+    """llama.cpp's numbers of files; what is copied from a folder has the types of the mix, and is called by it."""
+    folder = open_folder(make_folder("llama", **WIDE, num_hidden_layers=9))
+    export_gguf(folder, tmp_path / "x.gguf", mix)
+    export_gguf(open_gguf(tmp_path / "x.gguf"), tmp_path / "again.gguf")
+    for name in ("x", "again"):
+        assert GGUFFile(tmp_path / f"{name}.gguf").metadata["general.file_type"] == FILE_TYPES[mix]
 
 
 def test_pure_is_for_types(make_folder):

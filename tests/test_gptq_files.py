@@ -11,6 +11,7 @@ import torch
 from integer_folder import integer_folder, stored
 
 from tritkit.checkpoint import linear_names, open_folder
+from tritkit.cli import main
 from tritkit.engine.torch import model_of
 from tritkit.formats import format_of
 from tritkit.hf_export import export_hf
@@ -207,6 +208,20 @@ def test_an_imported_folder_computes_the_same(gptq_folder, tmp_path):
     parent = open_folder(tmp_path / "q")
     with torch.no_grad():
         assert torch.equal(model_of(ours)(tokens), model_of(parent)(tokens))
+
+
+def test_verbs_take_such_folders(gptq_folder, tmp_path, capsys):
+    for arguments in (
+        ["inspect", gptq_folder],
+        ["diff", gptq_folder, tmp_path / "q"],
+        ["export", gptq_folder, tmp_path / "ct", "--to", "compressed-tensors"],
+        ["diff", tmp_path / "ct", gptq_folder],
+        ["export", gptq_folder, tmp_path / "x.gguf", "--type", "f32"],
+    ):
+        assert main([str(a) for a in arguments]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "model folder of gptq" in out and "14 compressed-tensors" in out and "import to a model folder" in out
+    assert main(["export", str(gptq_folder), str(tmp_path / "b"), "--to", "hf-bitlinear"]) == 2
 
 
 def test_biases_of_nothing_but_zeros_are_left_out(gptq_folder):

@@ -143,3 +143,26 @@ def test_inputs_that_do_not_fit_are_refused():
     found, _ = counted()
     assert "has 64 columns, but these are sums of 3" in refusal(found.add, NAMES[0], np.ones(3), 1)
     assert "are not finite" in refusal(found.update, NAMES[0], np.full((2, 64), np.inf, np.float32))
+
+
+@pytest.mark.interop
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_collected_is_what_flows_in_llama_cpp(make_model, tmp_path):
+    """The inputs of every linear while llama.cpp runs the same tokens through the same weights."""
+    import torch
+
+    from tritkit.checkpoint import linear_names, open_folder
+    from tritkit.gguf_export import export_gguf
+    from tritkit.methods.calibration import Calibration
+    from tritkit.methods.collect import collect_importance
+
+    peer = pytest.importorskip("ggml_peer")
+    folder = open_folder(make_model("llama"))
+    export_gguf(folder, tmp_path / "x.gguf", "f32")
+    tokens = torch.randint(3, 300, (3, 64), generator=torch.Generator().manual_seed(0))
+    found = collect_importance(folder, Calibration(tokens, tokens[:0]))
+    theirs = peer.squares_of_inputs(tmp_path / "x.gguf", tokens.numpy())
+    assert len(theirs) == len(linear_names(folder.config)) == len(found.sums)
+    for name, sums in theirs.items():
+        assert found.tokens[name] == tokens.numel()
+        np.testing.assert_allclose(found.sums[name], sums, rtol=1e-3, atol=1e-6 * sums.max(), err_msg=name)

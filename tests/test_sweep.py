@@ -17,7 +17,7 @@ from tritkit.sweeps import run as module
 from tritkit.sweeps.estimate import Estimate, Probe, kind_of, said
 from tritkit.sweeps.run import sweep
 from tritkit.sweeps.settings import Settings
-from tritkit.sweeps.table import markdown, write_markdown
+from tritkit.sweeps.table import COLUMNS, markdown, write_markdown
 
 SIZES = {"intermediate_size": 128, "initializer_range": 0.05}
 RECIPES = {
@@ -141,6 +141,13 @@ def test_without_room_for_logits_the_parent_runs_again(place, monkeypatch):
     assert kl[0] == pytest.approx(kl[1], rel=1e-6) and kl[0] > 0
 
 
+def test_books_are_the_calibration_where_none_is_named(place):
+    settings = Settings(**{**vars(place.settings), "calibration": ()})
+    tree = sweep(settings, [place.recipes["rtn4"], place.recipes["gptq3"]], place.out)
+    assert [row.get("calibrated") for row in tree["rows"]] == [False, False, True]
+    assert "4 x 64 tokens of the bundled books" in markdown(tree)
+
+
 def test_other_settings_are_another_sweep(place):
     sweep(place.settings, [], place.out)
     before = place.out.read_bytes()
@@ -159,7 +166,6 @@ REFUSED = {
     "no suite": (["--suites", ","], "--suites is empty"),
     "recipe": (["nofile.toml"], "nofile.toml"),
     "short": (["--data", "{short}"], "shorter than one window"),
-    "calibration": (["{gptq3}"], "gptq3: the method gptq needs calibration data"),
     "short calibration": (["{gptq3}", "--calibration", "{short}"], "the calibration text has"),
     "same text": (["--data", "{text}", "--calibration", "{text}"], "is both calibration and test"),
     "out": (["--out", "sweep.txt"], "expected a name that ends in .json"),
@@ -209,6 +215,14 @@ def test_the_verb_prints_and_writes_the_table(place, text_file, capsys, monkeypa
     assert {header.count("|"), line.count("|"), *(row.count("|") for row in body)} == {header.count("|")}
 
 
+def test_small_numbers_have_digits_enough():
+    def cell(value, error):
+        return COLUMNS["KL to the parent, nats"]({"metrics": {"divergence_kl": value, "divergence_kl_error": error}})
+
+    assert cell(0.0, 0.0) == "0.0000" and cell(0.49291, 0.0273) == "0.4929 ± 0.0273"
+    assert cell(0.000179312, 3.1e-6) == "0.000179 ± 0.000003"
+
+
 def test_the_suite_speed_is_bench(make_folder):
     folder = make_folder("llama", **SIZES)
     rate, sd = module.decode_rate(folder, open_folder(folder).config, "native", 1, {"kv_bits": 8, "head": None})
@@ -220,13 +234,14 @@ def test_rows_that_are_done_correct_the_estimate(place):
     estimate = Estimate(folder, Probe(1e-3, 1e-9, 1e-8), 10.0, 256)
     rtn, gptq = place.recipes["rtn4"], place.recipes["gptq3"]
     assert kind_of(None) == "none" and kind_of(rtn) == "rtn" and kind_of(gptq) == "gptq"
-    assert estimate.predicted(None) == 10 < estimate.predicted(rtn) < estimate.predicted(gptq)
-    assert estimate.predicted(place.recipes["misfit"]) == 0
-    assert estimate.left([None, rtn]) == pytest.approx(estimate.predicted(rtn) + 10)
-    estimate.learn(None, 20.0)
-    assert estimate.left([None, gptq]) == pytest.approx(20 + 2 * estimate.predicted(gptq))
-    estimate.learn(gptq, 0.5 * estimate.predicted(gptq))
-    assert estimate.left([gptq]) == pytest.approx(0.5 * estimate.predicted(gptq))
+    assert estimate.quantising(None) == 0 < estimate.quantising(rtn) < estimate.quantising(gptq)
+    assert estimate.quantising(place.recipes["misfit"]) == 0
+    assert estimate.left([None, rtn]) == pytest.approx(estimate.quantising(rtn) + 20)
+    estimate.learn(None, 0.0, 30.0)  # the evaluation was slower than predicted
+    assert estimate.left([None, gptq]) == pytest.approx(60 + estimate.quantising(gptq))
+    estimate.learn(gptq, 0.5 * estimate.quantising(gptq), 50.0)
+    assert estimate.left([gptq]) == pytest.approx(40 + 0.5 * estimate.quantising(gptq))
+    assert estimate.left([rtn]) == pytest.approx(40 + 0.5 * estimate.quantising(rtn))
     assert [said(s) for s in (5, 600, 9000)] == ["5 s", "10 min", "2.5 h"]
 
 

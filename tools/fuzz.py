@@ -42,6 +42,7 @@ from tritkit.gguf_model import open_gguf
 from tritkit.gguf_tokenizer import tokenizer_from_llama2c, tokenizer_to_gguf
 from tritkit.inspection import inspect
 from tritkit.llama2c import open_llama2c
+from tritkit.methods.importance import read_importance
 from tritkit.tokenizer import Tokenizer
 
 SECONDS = 2.0  # of CPU, since other work on the machine is no fault of a reader
@@ -96,6 +97,10 @@ def read_llama2c(path: Path) -> None:
     model.tokenizer()
 
 
+def read_imatrix(path: Path) -> None:
+    read_importance(path).arrays()
+
+
 def read_anything(path: Path) -> None:
     inspect(path.parent if path.suffix in (".json", ".safetensors") else path, "x86", linears=True)
 
@@ -106,12 +111,13 @@ READERS: dict[str, Callable[[Path], None]] = {
     "tokenizer": read_tokenizer,
     "config": read_config,
     "llama2c": read_llama2c,
+    "imatrix": read_imatrix,
     "inspect": read_anything,
 }
 
 
 # Of the inputs: slow ones less.
-SHARES = {"gguf": 3, "safetensors": 4, "tokenizer": 5, "config": 6, "llama2c": 2, "inspect": 4}
+SHARES = {"gguf": 3, "safetensors": 4, "tokenizer": 5, "config": 6, "llama2c": 2, "imatrix": 1, "inspect": 4}
 Seeds = list[tuple[str, dict[str, bytes]]]  # the name of the file to damage, and all files of its folder
 
 

@@ -13,7 +13,10 @@ import numpy as np
 
 from tritkit.checkpoint import EXTRAS, linear_names, matrix_names, matrix_shape, norm_sizes, open_folder, write_folder
 from tritkit.gguf_export import export_gguf
+from tritkit.hf_export import export_hf
 from tritkit.layouts import LAYOUTS, Unpacked
+from tritkit.layouts.codebook import SecondLevel
+from tritkit.methods.importance import Importance
 from tritkit.models.config import ModelConfig, config_from_hf
 from tritkit.models.rope import Rope
 from tritkit.spm import BYTES
@@ -35,7 +38,14 @@ MODELS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     "bitnet": ("bitnet", "hf_autobitlinear", {**SIZES, "full_precision": ("model.layers.0.mlp.down_proj", "lm_head")}),
     "falcon": ("llama", "hf_bitlinear", {**SIZES, "linear_norm_eps": 1e-5}),
     "wide": ("bitnet", "tq2_0", WIDE),
+    "dense": ("llama", "dense", SIZES),
+    "asymmetric": ("llama", "dense", SIZES),
+    "nf4": ("llama", "nf4", SIZES),
+    "nf4 twice": ("llama", "nf4_dq", SIZES),
 }
+# Folders of other projects: of which model
+FOREIGN = {"gptq": "dense", "gptq_v2": "asymmetric", "compressed-tensors": "asymmetric"}
+DTYPES = {"uint8": "U8", "int16": "I16", "float16": "F16", "float32": "F32"}
 # GGUF files: of which model, in which type
 GGUFS = {"llama": "f32", "qwen3": None, "mistral": None, "wide": "tq1_0", "wide i2_s": "i2_s"}
 
@@ -63,10 +73,15 @@ def model_folder(path: Path, name: str, tokenizer: Tokenizer) -> Path:
             codes = chance.integers(-1, 2, shape).astype(np.int16)
             scale = np.full((shape[0], shape[1] // 256) if layout == "tq2_0" else (1, 1), 0.5, np.float32)
             arrays = LAYOUTS[layout].pack(Unpacked(codes, scale)).arrays
+        elif layout in ("dense", "nf4", "nf4_dq"):
+            arrays = LAYOUTS[layout].pack(integers(layout, name == "dense", shape, chance)).arrays
         else:
             arrays = LAYOUTS[layout].quantize(chance.normal(0, 0.1, shape).astype(np.float32)).arrays  # type: ignore[attr-defined]
-        tensors[f"{matrix}.weight"] = StoredTensor("U8", arrays["weight"])
-        tensors |= {f"{matrix}.{e}": StoredTensor("F32", arrays[e]) for e in EXTRAS if e in arrays}
+        tensors |= {
+            f"{matrix}.{e}": StoredTensor(DTYPES[arrays[e].dtype.name], arrays[e])
+            for e in ("weight", *EXTRAS)
+            if e in arrays
+        }
     for norm, size in norm_sizes(config).items():
         floats(norm, size)
     for linear in linears:
@@ -76,6 +91,18 @@ def model_folder(path: Path, name: str, tokenizer: Tokenizer) -> Path:
             floats(f"{linear}.rms_norm", matrix_shape(config, linear)[1])
     write_folder(path, config, tensors, tokenizer, layouts)
     return path
+
+
+def integers(layout: str, symmetric: bool, shape: tuple[int, int], chance: np.random.Generator) -> Unpacked:
+    """Four bits in groups of 16."""
+    scale = chance.uniform(0.01, 0.02, (shape[0], shape[1] // 16)).astype(np.float16).astype(np.float32)
+    codes = chance.integers(0, 16, shape).astype(np.int16)
+    if layout != "dense":
+        second = SecondLevel.of(scale) if layout == "nf4_dq" else None
+        return Unpacked(codes, scale if second is None else second.scale(), levels=second)
+    if symmetric:
+        return Unpacked(codes - 8, scale)
+    return Unpacked(codes, scale, -scale * chance.integers(0, 16, scale.shape).astype(np.float32))
 
 
 def byte_level() -> Tokenizer:
@@ -178,13 +205,18 @@ def variants(raw: bytes) -> list[bytes]:
 def every_seed() -> dict[str, list[tuple[str, dict[str, bytes]]]]:
     """By reader: (the file that is damaged, all files of its folder by name)."""
     found: dict[str, list[tuple[str, dict[str, bytes]]]] = {
-        name: [] for name in ("gguf", "safetensors", "tokenizer", "config", "llama2c")
+        name: [] for name in ("gguf", "safetensors", "tokenizer", "config", "llama2c", "imatrix")
     }
     with tempfile.TemporaryDirectory() as name:
         top, tokenizer = Path(name), byte_level()
         for model in MODELS:
             folder = model_folder(top / model, model, tokenizer)
             files = {file.name: file.read_bytes() for file in folder.iterdir()}
+            found["safetensors"].append(("model.safetensors", files))
+            found["config"].append(("config.json", files))
+        for to, model in FOREIGN.items():
+            export_hf(open_folder(top / model), top / to, to)
+            files = {file.name: file.read_bytes() for file in (top / to).iterdir()}
             found["safetensors"].append(("model.safetensors", files))
             found["config"].append(("config.json", files))
         files = {file.name: file.read_bytes() for file in (top / "llama").iterdir()}
@@ -214,5 +246,11 @@ def every_seed() -> dict[str, list[tuple[str, dict[str, bytes]]]]:
         checkpoint = {"model.bin": llama2c_checkpoint(), "tok275.bin": llama2c_tokenizer()}
         found["llama2c"].append(("model.bin", checkpoint))
         found["llama2c"].append(("tok275.bin", checkpoint))
+        importance = Importance(datasets=["text"])
+        for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
+            importance.add(name, np.arange(24.0), 600)
+        for end in ("dat", "gguf"):
+            importance.save(top / f"imatrix.{end}")
+            found["imatrix"].append((f"imatrix.{end}", {f"imatrix.{end}": (top / f"imatrix.{end}").read_bytes()}))
         found["inspect"] = [seed for kind in ("gguf", "safetensors", "config", "llama2c") for seed in found[kind]]
     return found

@@ -356,6 +356,8 @@ def evaluate(arguments: list[str]) -> int:
 
     if (options.suite == "divergence") != (options.parent is not None):
         raise ValueError("--suite divergence and --parent MODEL need each other")
+    if options.suite == "divergence" and options.head is None:
+        options.head = "float"  # as it is stored: rounded to 8 bits it would be a change of its own
     engine = (options.engine, options.threads, options.kv_bits, options.head)
     model = load(options.model, *engine)
     metrics = SUITES[options.suite](
@@ -394,7 +396,9 @@ def sweep(arguments: list[str]) -> int:
     parser.add_argument("--data", action="append", default=[], help="test text (default: the bundled held-out books)")
     parser.add_argument("--chunks", type=int, default=40, help="of 512 tokens, llama.cpp's protocol (default 40)")
     parser.add_argument("--windows", type=int, default=10, help="of 2048 tokens, gptq's protocol (default 10; 0: all)")
-    parser.add_argument("--calibration", action="append", default=[], metavar="TEXT", help="another text, for methods")
+    parser.add_argument(
+        "--calibration", action="append", default=[], metavar="TEXT", help="for methods (default: books)"
+    )
     parser.add_argument("--sequences", type=int, default=32, help="of calibration (default 32)")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence (default 2048)")
     parser.add_argument("--text-field", default="text", help="field of .jsonl that holds the text")

@@ -22,7 +22,7 @@ from .gguf import FLOAT_TYPES
 from .gguf_check import verify
 from .gguf_config import ARCHITECTURES, ROPE_FACTORS, architecture_of, metadata_of, rope_factors
 from .gguf_model import ggml_name, halves_to_pairs
-from .gguf_plan import TERNARY, WEIGHED, Plan, plan, ternary_of_floats
+from .gguf_plan import TERNARY, WEIGHED, Plan, mix_of, plan, ternary_of_floats
 from .gguf_writer import NewTensor, write_gguf
 from .layouts import GGML, I2S, LAYOUTS, GgmlQuantizer, Packed
 from .layouts.search import SEARCHES, quantize
@@ -71,7 +71,7 @@ def export_gguf(
         raise ValueError(
             f"--i2-s {i2_s} is the order of I2_S codes, but the linears become {most.upper()}: --type i2_s"
         )
-    metadata = metadata_of(model, architecture, kind or most)
+    metadata = metadata_of(model, architecture, kind or mix_of(model, plans) or most)
     for name, tensor in source.tensors.items():  # reads every byte: what can be refused without that has been
         require_finite(source, name, tensor)
     order = f"i2_s_{i2_s or 'x86'}"
@@ -179,7 +179,7 @@ def encoded(
         packed = _searched(model, name, kind, importance)
     else:
         layout_of = GGML[kind]
-        assert isinstance(layout_of, GgmlQuantizer)
+        assert isinstance(layout_of, GgmlQuantizer)  # mxfp4
         packed = layout_of.quantize(model.floats(name))
     packed = Packed({**packed.arrays, "weight": ordered(packed.arrays["weight"])})
     layout = LAYOUTS[target]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .checkpoint import EMBEDDING, HEAD, ModelFolder, linear_names, matrix_names, matrix_shape
@@ -83,6 +84,17 @@ def _mix_of(model: ModelFolder, kind: str | None, pure: bool, importance: bool) 
         hint = f"; {MIXES[kind].base} is the type" if kind in MIXES else ""
         raise ValueError(f"--pure is for a quantised type in every matrix, not for {kind or 'what is there'}{hint}")
     return {} if kind is None or kind not in MIXES or pure else wanted_types(model.config, kind, importance)
+
+
+def mix_of(model: ModelFolder, plans: Mapping[str, Plan]) -> str | None:
+    """The mix whose types these are, matrix by matrix, as of a folder that was quantised to one; or None."""
+    from .methods.mixes import MIXES, mix_types
+
+    types = {name: p.type for name, p in plans.items()}
+    for mix in MIXES:
+        if types in (mix_types(model.config, mix, False), mix_types(model.config, mix, True)):
+            return mix
+    return None
 
 
 def _fitting(model: ModelFolder, name: str, kind: str) -> Plan:

@@ -290,7 +290,7 @@ class _Integers(_Plan):
 
 def _write_companions(source: ModelFolder, out: Path) -> None:
     """Tokenizer and generation settings as the source has them, and which tokens begin, end and pad a text."""
-    if source.container != "folder":
+    if not source.path.is_dir():
         return
     copy_companions(source.path, out)
     tree = json.loads((out / "config.json").read_text(encoding="utf-8"))

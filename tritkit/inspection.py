@@ -175,7 +175,7 @@ def _can(model: ModelFolder, tokenizer: dict[str, Any] | None) -> list[str]:
         return can  # no other container holds these
     ternary = model.config.weights == "ternary"
     types = ", ".join(kind for kind in gguf_plan.WRITTEN if ternary or kind not in gguf_plan.TERNARY)
-    kept = f", and as it is: {model.layout}" if model.layout and not ternary else ""
+    kept = f", and as it is: {model.layout}" if model.layout and {*model.layouts.values()} <= {*GGML} else ""
     can.append(f"export to GGUF: {types}{kept}")
     forms = (*hf_export.LAYOUT_OF, *hf_export.DTYPES) if ternary else tuple(hf_export.DTYPES)
     if model.layout == "dense" and not ternary:

@@ -56,9 +56,9 @@ MAIN: dict[str, tuple[str, Callable[[Any], str]]] = {
             ("perplexity", "perplexity ({})", lambda v: f"{v:.2f}"),
         )
     },
-    "divergence_kl": ("KL divergence from the parent, nats", lambda v: f"{v:.4f}"),
+    "divergence_kl": ("KL divergence from the parent, nats", lambda v: f"{v:.4g}"),
     "divergence_top1": ("same likeliest token as the parent", lambda v: f"{100 * v:.2f} %"),
-    "divergence_target": ("mean change of ln p of the text", lambda v: f"{v:.4f}"),
+    "divergence_target": ("mean change of ln p of the text", lambda v: f"{v:.4g}"),
     "divergence_tokens": ("tokens compared with the parent", _count),
     "divergence_protocol": ("compared by the protocol", str),
     "bits_per_byte": ("bits per byte (document)", lambda v: f"{v:.3f}"),

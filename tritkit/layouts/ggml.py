@@ -102,43 +102,15 @@ class GgmlBlocks(Layout):
 
 
 class GgmlQuantizer(GgmlBlocks):
-    """A type that rounds weights block by block with a formula: the bytes of gguf.quants.quantize."""
+    """A type that weights are rounded to by one formula: the bytes of gguf.quants.quantize."""
 
     def quantize(self, w: np.ndarray) -> Packed:
         """Bytes of float32 [out, in]; ValueError for weights that are not finite or too large for float16 scales."""
-        byte = np.empty((len(w), self.row_bytes(w.shape[1])), np.uint8)
-        for some in chunks(w.shape):
-            x = np.ascontiguousarray(w[some], np.float32)
-            if not np.isfinite(x).all():
-                raise ValueError(
-                    f"{self.name} holds finite weights, but {int((~np.isfinite(x)).sum())} of these are not"
-                )
-            byte[some] = self._quantize_blocks(x.reshape(-1, self.block)).reshape(len(x), -1)
-        return Packed({"weight": byte})
+        from .search import quantize
 
-    @abstractmethod
-    def _quantize_blocks(self, x: np.ndarray) -> np.ndarray:
-        """uint8 [blocks, block_bytes] of float32 [blocks, block]."""
-
-    def _half_bytes(self, values: np.ndarray) -> np.ndarray:
-        """float32 scales [n, 1] rounded to float16, as bytes [n, 2]; ValueError where they do not fit."""
-        with np.errstate(over="ignore"):
-            half = values.astype("<f2")
-        if np.isinf(half).any():
-            largest = abs(values).max()
-            raise ValueError(
-                f"{self.name} holds scales as float16, at most 65504, but these weights want {largest:.6g}"
-            )
-        return half.view(np.uint8)
+        return Packed({"weight": quantize(self.name, w)})
 
 
 def float32(half: np.ndarray) -> np.ndarray:
     """Bytes [n, 2] of float16 numbers as float32 [n, 1]."""
     return np.ascontiguousarray(half).view("<f2").astype(np.float32)
-
-
-def reciprocal(d: np.ndarray) -> np.ndarray:
-    """1 / d, and 0 where that is no number, as ggml has it for blocks of zeros."""
-    with np.errstate(divide="ignore", over="ignore"):
-        inverse = 1 / d
-    return np.where(np.isfinite(inverse), inverse, np.float32(0))

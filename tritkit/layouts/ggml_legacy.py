@@ -9,7 +9,7 @@ import numpy as np
 
 from .base import Unpacked
 from .fields import BITS, NIBBLES, join, split
-from .ggml import GgmlQuantizer, float32, reciprocal
+from .ggml import GgmlQuantizer, float32
 
 
 class GgmlLegacy(GgmlQuantizer):
@@ -52,28 +52,3 @@ class GgmlLegacy(GgmlQuantizer):
         groups = (shape[0], shape[1] // self.group)
         offset = float32(blocks[:, 2:4]).reshape(groups) if self.has_min else None
         return Unpacked(codes.reshape(shape), float32(blocks[:, :2]).reshape(groups), offset)
-
-    def _quantize_blocks(self, x: np.ndarray) -> np.ndarray:
-        steps = np.float32(self.hi - self.lo)
-        if self.has_min:
-            low = x.min(axis=1, keepdims=True)
-            d = (x.max(axis=1, keepdims=True) - low) / steps
-            fields = np.trunc((x - low) * reciprocal(d) + np.float32(0.5))
-            halves = [self._half_bytes(d), self._half_bytes(low)]
-        elif self.bits == 8:
-            d = abs(x).max(axis=1, keepdims=True) / 127
-            fields = round_half_away(x * reciprocal(d)) - self.lo
-            halves = [self._half_bytes(d)]
-        else:  # the largest weight, whatever its sign, becomes the lowest code, of which there is one more
-            largest = np.take_along_axis(x, abs(x).argmax(axis=1, keepdims=True), axis=1)
-            d = largest / self.lo
-            fields = np.trunc(x * reciprocal(d) + np.float32(0.5 - self.lo))
-            halves = [self._half_bytes(d)]
-        return self._bytes(halves, fields.clip(0, steps).astype(np.int16))
-
-
-def round_half_away(x: np.ndarray) -> np.ndarray:
-    """C's roundf."""
-    size = abs(x)
-    floor = np.floor(size)
-    return np.sign(x) * (floor + np.floor(2 * (size - floor)))

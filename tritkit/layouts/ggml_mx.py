@@ -7,7 +7,7 @@ The numbers of E2M1 are 0, 0.5, 1, 1.5, 2, 3, 4 and 6 with a sign. Codes are twi
 
 import numpy as np
 
-from .base import Packed, Unpacked
+from .base import Packed, Unpacked, chunks
 from .fields import NIBBLES, join, split
 from .ggml import GgmlQuantizer
 
@@ -54,11 +54,23 @@ class MXFP4(GgmlQuantizer):
         codes = CODES[split(blocks[:, 1:], 16, NIBBLES)]
         return Unpacked(codes.reshape(shape), HALF_SCALES[blocks[:, 0]].reshape(shape[0], shape[1] // self.group))
 
-    def _quantize_blocks(self, x: np.ndarray) -> np.ndarray:
-        """The largest weight of a block lies between 4 and 8 times its scale: what is above 6 becomes 6.
+    def quantize(self, w: np.ndarray) -> Packed:
+        byte = np.empty((len(w), self.row_bytes(w.shape[1])), np.uint8)
+        for some in chunks(w.shape):
+            x = np.ascontiguousarray(w[some], np.float32)
+            if not np.isfinite(x).all():
+                raise ValueError(
+                    f"{self.name} holds finite weights, but {int((~np.isfinite(x)).sum())} of these are not"
+                )
+            byte[some] = self._quantize_blocks(x.reshape(-1, self.block)).reshape(len(x), -1)
+        return Packed({"weight": byte})
 
-        gguf's byte wraps round to NaN for blocks below 2^-125, and at the end of float32 its scale makes infinities;
-        here the exponent stays where all is finite.
+    def _quantize_blocks(self, x: np.ndarray) -> np.ndarray:
+        """uint8 [blocks, block_bytes] of float32 [blocks, block].
+
+        The largest weight of a block lies between 4 and 8 times its scale: what is above 6 becomes 6. gguf's byte wraps
+        round to NaN for blocks below 2^-125, and at the end of float32 its scale makes infinities; here the exponent
+        stays where all is finite.
         """
         with np.errstate(divide="ignore"):
             e = np.floor(np.log2(abs(x).max(axis=1, keepdims=True))) - 2 + 127

@@ -11,13 +11,15 @@ import numpy as np
 
 from .base import Unpacked
 from .fields import CRUMBS, join, split
-from .ggml import GgmlQuantizer, float32, reciprocal
-from .ggml_legacy import round_half_away
+from .ggml import GgmlQuantizer, float32
 
 RUNS = ((0, 32, 5), (32, 48, 5), (48, 52, 4))  # of tq1_0: first byte, end, digits in each
 
 
 class GgmlTernary(GgmlQuantizer):
+    """``quantize`` loses nothing of weights that are ternary already, and is no good quantiser of others: the largest
+    weight of a block is its d, and what is below half of it becomes zero."""
+
     block = group = 256
     lo, hi = -1, 1
 
@@ -30,16 +32,6 @@ class GgmlTernary(GgmlQuantizer):
     def _unpack_blocks(self, blocks: np.ndarray, shape: tuple[int, int]) -> Unpacked:
         codes = self._split(blocks[:, :-2]).astype(np.int16) - 1
         return Unpacked(codes.reshape(shape), float32(blocks[:, -2:]).reshape(shape[0], shape[1] // self.block))
-
-    def _quantize_blocks(self, x: np.ndarray) -> np.ndarray:
-        """The largest weight of a block is its d.
-
-        That loses nothing of weights that are ternary already, and is no good quantiser of others: below half of the
-        largest weight all become zero.
-        """
-        d = abs(x).max(axis=1, keepdims=True)
-        t = (round_half_away(x * reciprocal(d)) + 1).astype(np.uint8)
-        return np.concatenate([self._join(t), self._half_bytes(d)], axis=1)
 
     def _join(self, t: np.ndarray) -> np.ndarray:
         raise NotImplementedError

@@ -28,6 +28,7 @@ CHUNK = 512  # tokens; llama-imatrix counts in chunks
 SUMS, COUNTS = ".in_sum2", ".counts"
 MOST_VALUES = 1 << 24  # in one entry, and most entries below: no model that there is comes near
 MOST_ENTRIES = 1 << 16
+LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass
@@ -122,7 +123,7 @@ def read_importance(path: Path | str) -> Importance:
     if not found.sums:
         raise ValueError(f"{path} is an importance matrix of nothing")
     for key, sums in found.sums.items():
-        if not np.isfinite(sums).all() or (sums < 0).any():
+        if not ((sums >= 0) & (sums <= LARGEST)).all():
             raise ValueError(f"{path}: the importance of {shown(key)} is not finite or below zero")
     return found
 

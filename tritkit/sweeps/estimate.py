@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -69,18 +70,19 @@ def _matrices(folder: ModelFolder) -> tuple[float, float]:
 
 @dataclass
 class Estimate:
-    """Seconds of the rows to come. done: kind of a recipe to [seconds as predicted, as measured]."""
+    """Seconds of the rows to come: quantising is predicted for each recipe, measuring takes the same for all."""
 
     folder: ModelFolder
     probe: Probe
     evaluation: float  # seconds to measure one model
     calibration_tokens: int
-    done: dict[str, list[float]] = field(default_factory=dict)
+    done: dict[str, list[float]] = field(default_factory=dict)  # kind: [seconds of quantising predicted, measured]
+    evaluations: list[float] = field(default_factory=list)  # measured
 
-    def predicted(self, loaded: LoadedRecipe | None) -> float:
-        """By the probe alone. None: the model as it is, which is measured only."""
+    def quantising(self, loaded: LoadedRecipe | None) -> float:
+        """By the probe alone. None: the model as it is."""
         if loaded is None:
-            return self.evaluation
+            return 0.0
         shapes = [linear_shape(self.folder.config, name) for name in linear_names(self.folder.config)]
         weights = sum(rows * columns for rows, columns in shapes)
         kind, passes = kind_of(loaded), 0.0
@@ -98,20 +100,30 @@ class Estimate:
         seconds += passes * weights * self.calibration_tokens * self.probe.forward
         if "gptq" in kind:  # a product a column, and a Cholesky factor: half their operations are multiplications
             seconds += sum(rows * c * c + c**3 for rows, c in shapes) / 2 * self.probe.forward
-        return seconds + self.evaluation
+        return seconds
 
-    def learn(self, loaded: LoadedRecipe | None, seconds: float) -> None:
-        sums = self.done.setdefault(kind_of(loaded), [0.0, 0.0])
-        sums[0] += self.predicted(loaded)
-        sums[1] += seconds
+    def learn(self, loaded: LoadedRecipe | None, quantising: float, evaluation: float) -> None:
+        """What a row took."""
+        self.evaluations.append(evaluation)
+        if loaded is not None:
+            sums = self.done.setdefault(kind_of(loaded), [0.0, 0.0])
+            sums[0] += self.quantising(loaded)
+            sums[1] += quantising
+
+    def learn_row(self, loaded: LoadedRecipe | None, row: dict[str, Any]) -> None:
+        """The same from a row of the file; one that failed teaches nothing."""
+        if row["error"] is None:
+            quantising = min(row["metrics"].get("quantize_seconds", 0.0), row["seconds"])
+            self.learn(loaded, quantising, row["seconds"] - quantising)
 
     def left(self, rows: Sequence[LoadedRecipe | None]) -> float:
         """Seconds for all of these: predicted, times what rows of the same kind really took of it, or all rows."""
         every = [sum(column) for column in zip(*self.done.values(), strict=True)] or [1.0, 1.0]
-        total = 0.0
+        each = sum(self.evaluations) / len(self.evaluations) if self.evaluations else self.evaluation
+        total = each * len(rows)
         for row in rows:
             before, after = self.done.get(kind_of(row), every)
-            total += self.predicted(row) * (after / before if before else 1.0)
+            total += self.quantising(row) * (after / before if before else 1.0)
         return total
 
 

@@ -25,7 +25,7 @@ from ..files import atomic_open
 from ..folderfacts import describe
 from ..jsonfile import read_object
 from ..methods.calibration import read_calibration
-from ..methods.quantizer import all_plans, needs_inputs, quantize_folder, what_needs
+from ..methods.quantizer import all_plans, bundled_text, needs_inputs, quantize_folder
 from ..methods.recipe import LoadedRecipe
 from ..models.config import ModelConfig
 from ..progress import console
@@ -64,9 +64,8 @@ def sweep(
     wanted = [None, *recipes]
     for loaded in recipes:
         book.mark(loaded, _is_exact(loaded, exact))
-    todo = [loaded for loaded in wanted if not book.has(loaded)]
-    if todo:
-        _Sweep(settings, model, book, threads, keep, exact).run(todo, len(wanted))
+    if not all(book.has(loaded) for loaded in wanted):
+        _Sweep(settings, model, book, threads, keep, exact).run(wanted)
     book.order(wanted)
     return book.tree
 
@@ -86,20 +85,23 @@ def _require_names(recipes: Sequence[LoadedRecipe], exact: Sequence[str]) -> Non
 
 
 def _require_calibration(model: ModelFolder, settings: Settings, recipes: Sequence[LoadedRecipe]) -> None:
-    """ValueError where a method needs a calibration text, and there is none or it is too short."""
-    for loaded in recipes:
-        try:
-            plans = all_plans(model, loaded, bool(settings.calibration))
-        except ValueError:  # a recipe that does not fit this model: its row will say so
-            continue
-        needs = next((plan for plan in plans.values() if needs_inputs(plan, loaded)), None)
-        if needs is not None and not settings.calibration:
-            raise ValueError(f"{loaded.recipe.name}: {what_needs(needs, loaded)} needs calibration data; give text "
-                             "with --calibration")  # fmt: skip
-    if settings.calibration:
-        longest = model.config.max_position_embeddings
-        words = model.tokenizer()
-        read_calibration(words, settings.calibration, 1, settings.length, 0, longest, settings.text_field)
+    """ValueError where the calibration text is too short."""
+    texts = [calibration_of(model, settings, loaded) for loaded in recipes]
+    if settings.calibration or None in texts:
+        sources, longest = settings.calibration or [str(bundled_text())], model.config.max_position_embeddings
+        read_calibration(model.tokenizer(), sources, 1, settings.length, 0, longest, settings.text_field)
+
+
+def calibration_of(model: ModelFolder, settings: Settings, loaded: LoadedRecipe) -> tuple[str, ...] | None:
+    """The text for one recipe: none, (), where it has no use for one; None: the bundled books."""
+    try:
+        plans = all_plans(model, loaded, bool(settings.calibration)).values()
+    except ValueError:  # a recipe that does not fit this model: its row will say so
+        return ()
+    if any(needs_inputs(plan, loaded) for plan in plans):
+        return settings.calibration or None
+    weighs = loaded.recipe.importance and any(plan.method == "search" for plan in plans)
+    return settings.calibration if weighs else ()
 
 
 class Book:
@@ -121,7 +123,9 @@ class Book:
         rows = tree.get("rows")
         if tree.get("schema") != SCHEMA or not isinstance(rows, list) or not isinstance(tree.get("settings"), dict):
             raise ValueError(f"{path} is no file of a sweep; give another --out")
-        if not all(isinstance(r, dict) and {"name", "digest", "metrics", "error"} <= set(r) for r in rows):
+        if not all(
+            isinstance(r, dict) and {"name", "digest", "metrics", "error", "exact", "seconds"} <= set(r) for r in rows
+        ):
             raise ValueError(f"{path} has rows that are none of a sweep; give another --out")
         settings.require_same(tree["settings"], path)
         return cls(path, tree)
@@ -170,15 +174,20 @@ class _Sweep:
         self.exact = exact
         self.work = book.path.with_suffix(".work")
 
-    def run(self, todo: list[LoadedRecipe | None], total: int) -> None:
-        s = self.settings
+    def run(self, wanted: Sequence[LoadedRecipe | None]) -> None:
+        s, total = self.settings, len(wanted)
+        todo = [loaded for loaded in wanted if not self.book.has(loaded)]
         parent = s.open(s.model, self.threads)
         self.texts = s.texts(parent)
         estimate = self._estimate(parent)
+        for loaded in wanted:
+            row = self.book.row(loaded)
+            if row is not None:
+                estimate.learn_row(loaded, row)
         tokens = sum(len(w.tokens) for text in self.texts.values() for w in text.windows)
         _tell(
             f"sweep: {len(todo)} of {total} rows to do, about {said(estimate.left(todo))} "
-            f"({tokens:,} tokens to read a row, {s.sequences if s.calibration else 0} x {s.length} to calibrate on)"
+            f"({tokens:,} tokens to read a row, {s.sequences} x {s.length} to calibrate on)"
         )
         self.work.mkdir(exist_ok=True)
         self.reference = self._reference(parent) if "divergence" in s.suites else None
@@ -186,13 +195,13 @@ class _Sweep:
         for number, loaded in enumerate(todo, total - len(todo) + 1):
             began = time.perf_counter()
             row = self._row(loaded)
-            seconds = time.perf_counter() - began
-            self.book.add({**row, "seconds": seconds, "time": datetime.now(UTC).isoformat(timespec="seconds")})
-            if row["error"] is None:
-                estimate.learn(loaded, seconds)
+            row["seconds"] = time.perf_counter() - began
+            row["time"] = datetime.now(UTC).isoformat(timespec="seconds")
+            self.book.add(row)
+            estimate.learn_row(loaded, row)
             rest = todo[todo.index(loaded) + 1 :]
             left = f"; about {said(estimate.left(rest))} left" if rest else ""
-            _tell(f"{number}/{total} {row['name']}: {_news(row)}, {said(seconds)}{left}")
+            _tell(f"{number}/{total} {row['name']}: {_news(row)}, {said(row['seconds'])}{left}")
         for file in self.work.glob("*.logits"):
             file.unlink()
         with suppress(OSError):  # what else is in there is somebody's
@@ -201,8 +210,10 @@ class _Sweep:
     def _estimate(self, parent: Model) -> Estimate:
         s, probe = self.settings, Probe.measure(parent, self.texts)
         tokens = sum(len(w.tokens) for text in self.texts.values() for w in text.windows)
+        if s.peer is not None and DIVERGENCE in self.texts:  # about as fast as we are
+            tokens += sum(len(w.tokens) for w in self.texts[DIVERGENCE].windows)
         evaluation = tokens * probe.token + SPEED_SECONDS * ("speed" in s.suites)
-        return Estimate(self.model, probe, evaluation, s.sequences * s.length if s.calibration else 0)
+        return Estimate(self.model, probe, evaluation, s.sequences * s.length)
 
     def _reference(self, parent: Model) -> Reference:
         """The parent's logits: kept in a file where the disk has room, else computed for every row again."""
@@ -233,6 +244,7 @@ class _Sweep:
         try:
             made = self._parent() if loaded is None else self._quantised(loaded, folder)
             row["method"] = "" if loaded is None else method_of(loaded)
+            row["calibrated"] = loaded is not None and calibration_of(self.model, self.settings, loaded) != ()
             row["metrics"] = made | self._measured(Path(self.settings.model) if loaded is None else folder)
         except Exception as error:  # one recipe must not end a night's work, whatever is wrong with it
             text = " ".join(str(error).split())
@@ -247,17 +259,18 @@ class _Sweep:
 
     def _quantised(self, loaded: LoadedRecipe, folder: Path) -> dict[str, Any]:
         """The folder, made now or by a sweep that was stopped after it; its metrics."""
-        s = self.settings
+        s, calibration = self.settings, calibration_of(self.model, self.settings, loaded)
         made = next((run for run in results.read(folder) if run["verb"] == "quantize"), None)
-        if made is not None and made["metrics"].get("recipe_digest") == loaded.digest():
-            return made["metrics"]
-        plans = all_plans(self.model, loaded, bool(s.calibration)).values()
-        weighs = loaded.recipe.importance and any(plan.method == "search" for plan in plans)
+        if made is not None:
+            of = (made["settings"].get("parent"), made["settings"].get("calibration"))
+            same = of == (str(self.model.path), [str(bundled_text())] if calibration is None else list(calibration))
+            if same and made["metrics"].get("recipe_digest") == loaded.digest():
+                return made["metrics"]
         return quantize_folder(
             s.model,
             folder,
             loaded,
-            s.calibration if weighs or any(needs_inputs(plan, loaded) for plan in plans) else (),
+            calibration,
             sequences=s.sequences,
             length=s.length,
             text_field=s.text_field,

@@ -63,9 +63,13 @@ class Settings:
         return (DIVERGENCE,) if "divergence" in self.suites else ()
 
     def open(self, folder: Path | str, threads: int) -> Model:
-        """The model with the engine that was asked for, or with torch where the native one refuses what it has."""
+        """The model with the engine that was asked for, or with torch where the native one refuses what it has.
+
+        The head is as it is stored unless asked for otherwise: rounded to 8 bits it would be a change of its own.
+        """
+        head = self.head or "float"
         try:
-            return load(folder, self.engine, threads, self.kv_bits, self.head)
+            return load(folder, self.engine, threads, self.kv_bits, head)
         except ValueError:
             if self.engine != "native":
                 raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,11 +18,16 @@ Row = dict[str, Any]
 
 
 def _with_error(name: str, digits: int, of: float = 1.0) -> Callable[[Row], str]:
+    """So many digits behind the point, and more where the error begins later."""
+
     def write(row: Row) -> str:
         value, error = row["metrics"].get(name), row["metrics"].get(f"{name}_error")
         if value is None:
             return ""
-        return f"{of * value:.{digits}f}" + ("" if error is None else f" ± {of * error:.{digits}f}")
+        if not error:
+            return f"{of * value:.{digits}f}"
+        shown = max(digits, -math.floor(math.log10(of * error)))
+        return f"{of * value:.{shown}f} ± {of * error:.{shown}f}"
 
     return write
 
@@ -85,11 +91,10 @@ def notes(tree: dict[str, Any]) -> list[str]:
         if m is not None:
             found.append(f"{protocol}: {m[f'{name}_tokens']:,} predictions in windows of {m[f'{name}_context']} of "
                          f"{m[f'{name}_text']}.")  # fmt: skip
-    if settings["calibration"]:
-        names = ", ".join(Path(source).name for source in settings["calibration"])
-        found.append(
-            f"Calibration, where a method has one: {settings['sequences']} x {settings['length']} tokens of {names}."
-        )
+    if any(row.get("calibrated") for row in rows):
+        names = ", ".join(Path(source).name for source in settings["calibration"]) or "the bundled books"
+        size = f"{settings['sequences']} x {settings['length']} tokens"
+        found.append(f"Calibration, where a method has one: {size} of {names}.")
     engines = {m["eval_engine"] for m in known if "eval_engine" in m}
     if engines:
         torch = [r["name"] for r in rows if r["metrics"].get("eval_engine") == "torch"]
