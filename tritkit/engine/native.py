@@ -34,7 +34,7 @@ class NativeEngine:
     each token and head, the first token of a sequence at 8. ValueError for any other.
 
     head: a form of the output head (HEADS; None: `default_head`). float: as it is stored; `head` of the engine is then
-    the layout where that is one of blocks. int8: a scale a row, times activations of 16 bits. int6, int4: a scale for
+    the layout where that is one of codes. int8: a scale a row, times activations of 16 bits. int6, int4: a scale for
     32 columns of a row, times activations of 8 bits in the same groups. With "screen" the logits that "last" asks for
     are exact where they could be the highest and those of 4 bits with a scale a row elsewhere, which suits greedy
     decoding; "all" and "nll" are exact.
