@@ -15,10 +15,12 @@ from tritkit.checkpoint import linear_names, open_folder, write_folder
 from tritkit.engine.torch import model_of
 from tritkit.formats import format_of
 from tritkit.layouts import search
+from tritkit.methods.blocks import BlockJob, outputs, quantize_block
 from tritkit.methods.calibration import read_calibration
 from tritkit.methods.importance import read_importance
 from tritkit.methods.quantizer import quantize_folder
-from tritkit.methods.recipe import read_recipe
+from tritkit.methods.recipe import Plan, Recipe, read_recipe
+from tritkit.methods.stream import DecoderStream
 from tritkit.models.config import ModelConfig
 from tritkit.models.transformer import build
 from tritkit.sources import bundled_folder
@@ -105,6 +107,35 @@ def test_the_record_of_a_linear(folder, tmp_path, text):
     assert sum(record["histograms"]["before"]["counts"]) == w.size
     assert len(record["top_channels"]) == 32 and set(record["ranges"]) == {"absmax", "percentile", "mse", "entropy"}
     assert all(len(json.dumps(r)) < 20_000 for r in run["per_linear"].values())
+
+
+@pytest.mark.parametrize("family", ["llama", "bitnet", "qwen3"])
+def test_a_layer_in_stages_is_the_layer(tmp_path, family, text):
+    """Also with every linear quantised behind what is quantised: the same codes as with a pass for each stage."""
+    source = a_folder(tmp_path / "model", family, num_key_value_heads=2)
+    model = open_folder(source)
+    stream, x = DecoderStream(model), torch.randn(2, 32, 64)
+    layer = stream.layer(1)
+    walk = stream.walk(layer, 0, x)
+    seen = []
+    with torch.no_grad():
+        try:
+            while True:
+                seen += next(walk)[0]
+        except StopIteration as end:
+            assert torch.equal(end.value, stream.call(layer, 0, x))
+    assert [id(m) for m in seen] == [id(m) for n, m in layer.named_modules() if n.endswith("_proj")]
+    data = read_calibration(model.tokenizer(), [text], 4, 32)
+    found = []
+    for walked in (stream.walk, None):
+        layer = stream.layer(0)
+        linears = {n: m for n, m in layer.named_modules() if n.endswith("_proj")}
+        plans = dict.fromkeys(linears, Plan(format_of("int4_g32"), "gptq"))
+        job = BlockJob(layer, linears, plans, Recipe(), stream.call, [stream.embed(data.fit)], walk=walked)
+        ys = quantize_block(job)
+        found.append((ys or outputs(job), {n: q.weight.codes for n, q in job.done.items()}))
+    assert torch.equal(found[0][0][0], found[1][0][0])
+    assert all(torch.equal(codes, found[1][1][n]) for n, codes in found[0][1].items()) and len(found[0][1]) == 7
 
 
 def test_gptq_is_nearer_than_rounding(folder, tmp_path, text):

@@ -8,7 +8,7 @@ those that are quantised already (GPTQ's "true sequential"). Works on any module
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,8 @@ from .record import record_of
 from .stats import InputStats
 
 Call = Callable[[nn.Module, int, Tensor], Tensor]  # (block, number of the chunk, its input) -> output
+# The same in stages: yields the modules of a stage and what they read, goes on when they are quantised.
+Walk = Generator[tuple[tuple[nn.Module, ...], Tensor], None, Tensor]
 
 
 @dataclass
@@ -39,7 +41,8 @@ class Quantised:
 @dataclass
 class BlockJob:
     """linears: those of the block by their full names; plans: what becomes of each; inputs: chunks of what the block
-    reads, none where there is no calibration data; importance: of the columns of linears, from a file."""
+    reads, none where there is no calibration data; importance: of the columns of linears, from a file; walk: the
+    block's pass in stages, which spares it being computed anew for each."""
 
     block: nn.Module
     linears: dict[str, nn.Module]
@@ -49,6 +52,7 @@ class BlockJob:
     inputs: Sequence[Tensor]
     advance: Callable[[], None] = lambda: None
     importance: Mapping[str, Tensor] = field(default_factory=dict)
+    walk: Callable[[nn.Module, int, Tensor], Walk] | None = None
     done: dict[str, Quantised] = field(default_factory=dict)
 
 
@@ -88,26 +92,53 @@ def _geometry(module: nn.Module) -> tuple:
 
 
 @torch.no_grad()
-def quantize_block(job: BlockJob) -> None:
-    """Quantise the linears of the block in place; ``job.done`` tells what became of each."""
+def quantize_block(job: BlockJob) -> list[Tensor] | None:
+    """Quantise the linears of the block in place; ``job.done`` tells what became of each. Returns the outputs of the
+    quantised block where they were computed on the way."""
     wanted = {name: module for name, module in job.linears.items() if job.plans[name].format or job.plans[name].inputs}
     if not wanted:
-        return
+        return None
     if not job.inputs:
         for name in wanted:
             _solve(job, name, None)
-        return
+        return None
+    needed = any(job.plans[name].method in NEED_INPUTS for name in wanted)
+    if needed and job.walk is not None:
+        return _walked(job, wanted)
     stages = stages_of(job, wanted)
-    if any(job.plans[name].method in NEED_INPUTS for name in wanted):
+    if needed:
         for stage in stages:
             stats = collect(job, [stage])
             for name in stage:
                 _solve(job, name, stats[name])
-        return
+        return None
     stats = collect(job, stages)
     for stage in stages:
         for name in stage:
             _solve(job, name, stats[name])
+    return None
+
+
+def _walked(job: BlockJob, wanted: Mapping[str, nn.Module]) -> list[Tensor]:
+    """All chunks go through the block together, stage by stage; each linear is computed once."""
+    assert job.walk is not None
+    walks = [job.walk(job.block, i, x) for i, x in enumerate(job.inputs)]
+    results: list[Tensor] = []
+    while not results:
+        stats: InputStats | None = None
+        modules: tuple[nn.Module, ...] = ()
+        for walk in walks:
+            try:
+                modules, x = next(walk)
+            except StopIteration as end:
+                results.append(end.value)
+                continue
+            stats = stats or InputStats(x.shape[-1])
+            stats.update(x)
+        for name, module in wanted.items():
+            if any(module is m for m in modules):
+                _solve(job, name, stats)
+    return results
 
 
 def outputs(job: BlockJob) -> list[Tensor]:

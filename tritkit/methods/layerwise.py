@@ -119,6 +119,7 @@ class Layerwise:
         job = BlockJob(
             layer, linears, self.plans, self.loaded.recipe, self.stream.call, inputs, importance=self.importance
         )
+        job.walk = self.stream.walk
 
         def judge(states: list) -> float:
             return self.stream.divergence(reference, self.stream.finish(states, number + 1))

@@ -46,10 +46,10 @@ def run_block(
     wanted, wanted_held = (outputs(job), held_outputs()) if corrects else ([], [])
     if transform is not None:
         transform()
-    quantize_block(job)
+    found = quantize_block(job)
     if not job.inputs:
         return Step([], [])
-    step = Step(outputs(job), held_outputs())
+    step = Step(found or outputs(job), held_outputs())
     if not corrects:
         return step
     missing = [(x, w - y) for x, w, y in zip(job.inputs, wanted, step.outputs, strict=True)]

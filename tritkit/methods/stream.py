@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..checkpoint import EMBEDDING, HEAD, ModelFolder
 from ..layers import Linear
 from ..models.transformer import Layer
+from .blocks import Walk
 
 STRIP = 256  # positions whose logits are in memory at the same time
 
@@ -43,6 +44,23 @@ class DecoderStream:
     def call(self, block: nn.Module, chunk: int, x: Tensor) -> Tensor:
         """The layer on hidden states that begin at position 0."""
         return block(x, *self._turns(x.shape[1]), None)
+
+    def walk(self, block: nn.Module, chunk: int, x: Tensor) -> Walk:
+        """``call`` in stages: yields which linears come next and what they read; returns the layer's output. What is
+        held between two stages is what the rest of the layer needs."""
+        assert isinstance(block, Layer)
+        attention, mlp = block.self_attn, block.mlp
+        inner = block.input_layernorm(x)
+        yield (attention.q_proj, attention.k_proj, attention.v_proj), inner
+        inner = attention.mix(inner, *self._turns(x.shape[1]), None)
+        yield (attention.o_proj,), inner
+        y = x + attention.o_proj(inner)
+        inner = block.post_attention_layernorm(y)
+        yield (mlp.gate_proj, mlp.up_proj), inner
+        inner = mlp.gated(inner)
+        yield (mlp.down_proj,), inner
+        y = y + mlp.down_proj(inner)
+        return y if block.adapter is None else y + block.adapter(x)
 
     def embed(self, tokens: Tensor, table: np.ndarray | None = None) -> Tensor:
         """Rows of the embedding; ``table``: of one that was quantised, float32."""

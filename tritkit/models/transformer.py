@@ -96,6 +96,10 @@ class Attention(nn.Module):
         self.attn_sub_norm = RMSNorm(q, config.rms_norm_eps) if config.sub_norms else None
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        return self.o_proj(self.mix(x, cos, sin, cache))
+
+    def mix(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        """What o_proj reads: the values of all heads, [b, t, heads * d]."""
         b, t, _ = x.shape
         x = self.q_proj.prepare(x)  # rounded once for q, k and v
         q = self.q_proj(x).view(b, t, self.heads, self.head_dim).transpose(1, 2)
@@ -111,7 +115,7 @@ class Attention(nn.Module):
         if self.kv_heads != self.heads:
             k, v = (kv.repeat_interleave(self.heads // self.kv_heads, dim=1) for kv in (k, v))
         y = attend(q, k, v, past).transpose(1, 2).reshape(b, t, -1)
-        return self.o_proj(y if self.attn_sub_norm is None else self.attn_sub_norm(y))
+        return y if self.attn_sub_norm is None else self.attn_sub_norm(y)
 
 
 class MLP(nn.Module):
@@ -126,9 +130,13 @@ class MLP(nn.Module):
         self.ffn_sub_norm = RMSNorm(config.intermediate_size, config.rms_norm_eps) if config.sub_norms else None
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.gated(x))
+
+    def gated(self, x: Tensor) -> Tensor:
+        """What down_proj reads, [b, t, inner]."""
         x = self.gate_proj.prepare(x)
         y = self.activation(self.gate_proj(x)) * self.up_proj(x)
-        return self.down_proj(y if self.ffn_sub_norm is None else self.ffn_sub_norm(y))
+        return y if self.ffn_sub_norm is None else self.ffn_sub_norm(y)
 
 
 class Layer(nn.Module):
