@@ -122,10 +122,14 @@ def read_importance(path: Path | str) -> Importance:
     found = _read_gguf(path) if is_gguf else _read_legacy(path)
     if not found.sums:
         raise ValueError(f"{path} is an importance matrix of nothing")
-    for key, sums in found.sums.items():
-        if not ((sums >= 0) & (sums <= LARGEST)).all():
-            raise ValueError(f"{path}: the importance of {shown(key)} is not finite or below zero")
     return found
+
+
+def _sums(path: Path, key: str, values: np.ndarray, times: int = 1) -> np.ndarray:
+    """float32 sums of a file, ``times`` as large, as float64."""
+    if not np.isfinite(values).all() or (values < 0).any() or (values > LARGEST / times).any():
+        raise ValueError(f"{path}: the importance of {shown(key)} is not finite or below zero")
+    return values.astype(np.float64) * times
 
 
 def _read_gguf(path: Path) -> Importance:
@@ -147,10 +151,10 @@ def _read_gguf(path: Path) -> Importance:
             raise ValueError(f"{path}: {shown(key)} has sums of {sums.type} {sums.shape}, expected rows of f32")
         if sums.shape[0] != 1 or counts.shape != (1, 1):
             raise ValueError(f"{path}: {shown(key)} belongs to a mixture of experts, which tritkit does not quantise")
-        count = float(as_array(counts)[1][0, 0])
+        count = float(as_array(counts)[1].item())
         if not 0 <= count < 2**63:
             raise ValueError(f"{path}: {shown(key)} counts {count:g} tokens")
-        found.sums[key], found.tokens[key] = as_array(sums)[1][0].astype(np.float64), round(count)
+        found.sums[key], found.tokens[key] = _sums(path, key, as_array(sums)[1][0]), round(count)
     return found
 
 
@@ -179,9 +183,9 @@ def _read_legacy(path: Path) -> Importance:
             raise ValueError(
                 f"{path} is not an importance matrix that can be read: {what} is {shown(name)} of {values}"
             )
-        sums = np.frombuffer(take(4 * values, what), "<f4").astype(np.float64)
+        sums = np.frombuffer(take(4 * values, what), "<f4")
         # The file does not say how many tokens a call had; only the quotient counts, and 512 does not round it.
-        found.sums[name], found.tokens[name] = sums * CHUNK, max(calls, 1) * CHUNK
+        found.sums[name], found.tokens[name] = _sums(path, name, sums, CHUNK), max(calls, 1) * CHUNK
     if at < len(data):
         number("the number of its chunks")
         found.datasets = [take(number("its data set"), "its data set").decode("utf-8", "replace")]

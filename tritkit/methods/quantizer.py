@@ -240,7 +240,7 @@ def _write(
         extra["outlier_threshold"] = loaded.recipe.outlier_threshold
     with beside(out) as folder:
         write_folder(folder, model.config, tensors, model.tokenizer(), layouts, **extra)
-        if model.container == "folder":
+        if model.path.is_dir():
             copy_companions(model.path, folder)
         with atomic_open(folder / "tritkit.toml") as file:
             file.write(f"# parent: {model.path}\n{loaded.text()}")
