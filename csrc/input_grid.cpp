@@ -14,11 +14,23 @@ struct Range1D {
     float low = 0.0f, high = 0.0f;  // zero is always inside
 };
 
+/// In lanes, so that it vectorizes.
 Range1D range_of(const float* x, int n) {
+    constexpr int kLanes = 8;
+    float low[kLanes] = {}, high[kLanes] = {};
+    int i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+        for (int j = 0; j < kLanes; ++j) low[j] = x[i + j] < low[j] ? x[i + j] : low[j];
+        for (int j = 0; j < kLanes; ++j) high[j] = x[i + j] > high[j] ? x[i + j] : high[j];
+    }
     Range1D r;
-    for (int i = 0; i < n; ++i) {
+    for (; i < n; ++i) {
         r.low = x[i] < r.low ? x[i] : r.low;
         r.high = x[i] > r.high ? x[i] : r.high;
+    }
+    for (int j = 0; j < kLanes; ++j) {
+        r.low = low[j] < r.low ? low[j] : r.low;
+        r.high = high[j] > r.high ? high[j] : r.high;
     }
     return r;
 }
@@ -33,19 +45,35 @@ float scale_of(const InputGrid& grid, Range1D r) {
     return float_from_f16(f16_from_float(scale));
 }
 
+struct Rounding {
+    float lo, hi, offset, inverse;
+    int center;
+};
+
 /// Halves to even; what is not a number becomes the lowest code.
-void round_strip(const InputGrid& grid, const float* x, int count, float offset, float inverse,
-                 ActivationStrip& strip) {
-    const int lowest = grid.has_lowest() ? grid.lo : std::max(grid.lo, -127);
-    const float lo = static_cast<float>(lowest), hi = static_cast<float>(grid.hi);
-    int32_t codes[kStripColumns] = {};
-    const int center = grid.center();
+void round_columns(const Rounding& r, const float* x, int count, int32_t* codes) {
     for (int i = 0; i < count; ++i) {
-        float value = (x[i] - offset) * inverse;
-        value = value > lo ? value : lo;
-        codes[i] = round_to_int(value < hi ? value : hi) - center;
+        float value = (x[i] - r.offset) * r.inverse;
+        value = value > r.lo ? value : r.lo;
+        codes[i] = round_to_int(value < r.hi ? value : r.hi) - r.center;
     }
-    set_codes(codes, count, strip);
+}
+
+void round_strip(const Rounding& r, const float* x, int count, ActivationStrip& strip) {
+    int32_t codes[kStripColumns] = {};
+    if (count < kStripColumns) {
+        round_columns(r, x, count, codes);
+        return set_codes(codes, count, strip);
+    }
+    // The same in loops of known lengths, which vectorize.
+    round_columns(r, x, kStripColumns, codes);
+    int32_t sums[kStripColumns / kGroupUnit] = {};
+    for (int i = 0; i < kStripColumns; ++i) strip.codes[i] = static_cast<int8_t>(codes[i]);
+    for (int half = 0; half < 2; ++half)
+        for (int i = 0; i < kGroupUnit; ++i) sums[half] += codes[half * kGroupUnit + i];
+    const int32_t starts[] = {-sums[0], -sums[1], -sums[0] - sums[1], 0};
+    std::copy(starts, starts + 4, strip.starts);
+    for (int i = 0; i < 3; ++i) strip.moments[i] = strip.scale * static_cast<float>(-starts[i]);
 }
 
 }  // namespace
@@ -80,10 +108,12 @@ float quantize_inputs(const InputGrid& grid, const float* x, int columns, Activa
             if (grid.asymmetric) zero = std::min(std::nearbyintf(-range.low / scale), static_cast<float>(grid.hi));
         }
         if (grid.peak <= 0.0f) inverse = 1.0f / scale;
-        const float offset = grid.asymmetric ? -scale * zero : 0.0f;
+        const int lowest = grid.has_lowest() ? grid.lo : std::max(grid.lo, -127);
+        const Rounding rounding{static_cast<float>(lowest), static_cast<float>(grid.hi),
+                                grid.asymmetric ? -scale * zero : 0.0f, inverse, grid.center()};
         for (int k = begin; k < end; k += kStripColumns, ++strips) {
             strips->scale = scale;
-            round_strip(grid, x + k, std::min(end - k, kStripColumns), offset, inverse, *strips);
+            round_strip(rounding, x + k, std::min(end - k, kStripColumns), *strips);
         }
         if (grid.asymmetric) shift = scale * (static_cast<float>(grid.center()) - zero);
     }
