@@ -36,6 +36,15 @@ def rows() -> dict[str, str]:
     for method in RANGES:
         found[f"w8a8_static_{method}"] = f'format = "int8_row"\ninputs = "int8_tensor"\ninputs_range = "{method}"\n'
     found["w8a8_static_absmax_smoothquant"] = found["w8a8_static_absmax"] + 'transform = "smoothquant"\n'
+    for bits in (8, 4):
+        weights = f'format = "int4_g64"\ninputs = "int{bits}_row"\n'
+        for method in ("rtn", "gptq"):
+            found[f"w4a{bits}_{method}"] = f'{weights}method = "{method}"\n'
+            found[f"w4a{bits}_{method}_qwt"] = f'{weights}method = "{method}"\ncorrect = "qwt"\n'
+    # what QwT's terms take on SmolLM2, 1.5 bits a weight, spent on the weights themselves
+    for bits in (4.75, 5.75):
+        for method in ("rtn", "gptq"):
+            found[f"bits_{bits}_{method}"] = f'method = "{method}"\n[budget]\nbits = {bits}\n'
     found["int4_g64_awq"] = 'format = "int4_g64"\ntransform = "awq"\n'
     found["int3_g64_awq"] = 'format = "int3_g64"\ntransform = "awq"\n'
     found["bits_3.5"] = "[budget]\nbits = 3.5\n"

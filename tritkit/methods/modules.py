@@ -20,7 +20,7 @@ from ..stored import StoredLinear
 from . import rtn
 from .blocks import BlockJob, Quantised, is_matrix, parameter_of
 from .finetune import finetune
-from .recipe import LoadedRecipe, check, plans_of, read_recipe
+from .recipe import LoadedRecipe, Recipe, as_recipe, plans_of
 from .steps import run_block
 
 Distance = Callable[[Tensor, Tensor], Tensor]
@@ -28,7 +28,7 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 
 def quantize(
     model: nn.Module | Path | str,
-    recipe: LoadedRecipe | str | Path,
+    recipe: LoadedRecipe | Recipe | str | Path,
     batches: Sequence[Any] = (),
     *,
     out: Path | str | None = None,
@@ -39,7 +39,7 @@ def quantize(
     """Quantise a module in place, or a model folder into the folder ``out``; returns what it became.
 
     model: a module in evaluation, or a folder, for which see ``quantize_folder`` (batches are its calibration text and
-    options its options). recipe: a loaded one, a file, or a name. batches: calibration inputs; a tensor, a tuple or a
+    options its options). recipe: one in Python, a file, or a name. batches: calibration inputs; a tensor, a tuple or a
     dict each, given to the model as one, as arguments or as keywords. blocks: the name of the ModuleList of the blocks,
     or the names of all blocks (none: the class of modules that holds most of the weights). distance: of two outputs of
     the model (wanted, found), which decides over QwT's terms on the last batches (none: KL for outputs with ``logits``,
@@ -49,7 +49,7 @@ def quantize(
     "seconds". Linears then run in their own bits; convolutions keep float weights on the grid. ValueError as for
     folders, and for blocks that do not follow each other.
     """
-    loaded = recipe if isinstance(recipe, LoadedRecipe) else read_recipe(recipe)
+    loaded = as_recipe(recipe)
     if not isinstance(model, nn.Module):
         from .quantizer import quantize_folder
 
@@ -101,7 +101,6 @@ class _Modules:
         blocks: str | Sequence[str] | None,
         distance: Distance | None,
     ):
-        check(loaded)
         recipe = loaded.recipe
         for name in ("mix", "transform", "embedding", "head"):
             if getattr(recipe, name) is not None:

@@ -40,13 +40,13 @@ from .collect import collect_importance
 from .importance import read_importance
 from .layerwise import Layerwise, layout_of
 from .partial import Partial
-from .recipe import KEEP, LoadedRecipe, Plan, check, plan_of, plans_of, read_recipe
+from .recipe import KEEP, LoadedRecipe, Plan, Recipe, as_recipe, plan_of, plans_of
 
 
 def quantize_folder(
     source: Path | str,
     out: Path | str,
-    recipe: LoadedRecipe | str | Path,
+    recipe: LoadedRecipe | Recipe | str | Path,
     calibration: Sequence[str] | None = (),
     *,
     sequences: int = 32,
@@ -58,15 +58,14 @@ def quantize_folder(
 ) -> dict[str, Any]:
     """Write the quantised form of the model ``source`` into the folder ``out`` and return its metrics.
 
-    recipe: a loaded one, a file, or a name. calibration: files, folders or globs of text, of which ``sequences``
+    recipe: one in Python, a file, or a name. calibration: files, folders or globs of text, of which ``sequences``
     sequences of ``length`` tokens are taken; methods that need none use them to record what quantising does to the
     outputs, unless ``measure_inputs`` is False. None as calibration takes the bundled books where data is needed.
     imatrix: file of llama.cpp's importance matrix, which weighs the search; where there is none it is measured on the
     float model and the calibration text, and written. ValueError for anything that cannot be, and then nothing is.
     """
     began = time.perf_counter()
-    loaded = recipe if isinstance(recipe, LoadedRecipe) else read_recipe(recipe)
-    check(loaded)
+    loaded = as_recipe(recipe)
     out = Path(out)
     model = open_model(source)
     require_new(out, overwrite, model.path)

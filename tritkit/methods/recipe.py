@@ -187,6 +187,16 @@ def read_recipe(source: str | Path | None, overrides: dict[str, str] | None = No
     return loaded
 
 
+def as_recipe(recipe: LoadedRecipe | Recipe | str | Path) -> LoadedRecipe:
+    """A recipe however it is given; ValueError where it makes no sense."""
+    if isinstance(recipe, Recipe):
+        recipe = LoadedRecipe(recipe)
+    if isinstance(recipe, LoadedRecipe):
+        check(recipe)
+        return recipe
+    return read_recipe(recipe)
+
+
 def mix_names() -> tuple[str, ...]:
     """Names of llama.cpp's mixes."""
     from .mixes import MIXES
