@@ -115,6 +115,23 @@ def test_input_statistics_of_a_convolution_are_those_of_its_windows():
     assert stats.output_error(conv.weight.detach().flatten(1)) == pytest.approx(wanted, rel=1e-4)
 
 
+def test_statistics_see_every_row_and_sample_from_all_over():
+    from tritkit.methods.ranges import RangeObserver
+    from tritkit.methods.stats import SAMPLE, InputStats
+
+    stats, format = InputStats(4), format_of("int8_tensor")
+    stats.observers["absmax"] = RangeObserver(format, ("absmax",))
+    chunks = [torch.full((1000, 4), float(i)) for i in range(40)]
+    chunks[33][617, 2] = -7e4  # beyond float16, and in a row that no sample has
+    for chunk in chunks:
+        stats.update(chunk)
+    assert stats.observers["absmax"].ranges()["absmax"] == (-7e4, 7e4) and stats.largest.max() == 7e4
+    rows = stats.rows()
+    assert SAMPLE / 2 <= len(rows) <= SAMPLE and set(rows[:, 0].tolist()) == set(range(40))
+    wanted = sum(c.double().t() @ c.double() for c in chunks)
+    assert torch.allclose(stats.hessian, wanted, rtol=1e-5)
+
+
 def test_blocks_are_found():
     model, _ = encoder()
     assert list(blocks_of(model)) == ["layers.0", "layers.1", "layers.2"]

@@ -20,6 +20,7 @@ from ..formats import QTensor
 from ..formats.integer import Integer
 from ..stored import InputQuantizer
 from . import METHODS, NEED_INPUTS
+from .ranges import RangeObserver
 from .recipe import Plan, Recipe
 from .record import record_of
 from .stats import InputStats
@@ -133,7 +134,9 @@ def _walked(job: BlockJob, wanted: Mapping[str, nn.Module]) -> list[Tensor]:
             except StopIteration as end:
                 results.append(end.value)
                 continue
-            stats = stats or InputStats(x.shape[-1])
+            if stats is None:
+                names = [name for name, module in wanted.items() if any(module is m for m in modules)]
+                stats = new_stats(job, names, x.shape[-1])
             stats.update(x)
         for name, module in wanted.items():
             if any(module is m for m in modules):
@@ -179,6 +182,16 @@ def stages_of(job: BlockJob, wanted: Mapping[str, nn.Module]) -> list[list[str]]
     return stages + [[name] for name in wanted if name not in called]
 
 
+def new_stats(job: BlockJob, names: Sequence[str], features: int) -> InputStats:
+    """Empty statistics for the inputs of these linears, with an observer for each static range that they want."""
+    stats = InputStats(features)
+    for plan in (job.plans[name] for name in names):
+        format = plan.input_format
+        if plan.inputs_range is not None and isinstance(format, Integer):
+            stats.observers[format.name, plan.inputs_range] = RangeObserver(format, (plan.inputs_range,))
+    return stats
+
+
 def collect(job: BlockJob, stages: Sequence[Sequence[str]]) -> dict[str, InputStats]:
     """Statistics of the inputs of these stages over all chunks; linears of a stage share theirs."""
     found: dict[str, InputStats] = {}
@@ -194,7 +207,7 @@ def collect(job: BlockJob, stages: Sequence[Sequence[str]]) -> dict[str, InputSt
 
     for number, stage in enumerate(stages):
         module = job.linears[stage[0]]
-        stats = InputStats(matrix_of(module).shape[1])
+        stats = new_stats(job, stage, matrix_of(module).shape[1])
         found |= dict.fromkeys(stage, stats)
         alone = len(stages) == 1 and number == 0
         handles.append(module.register_forward_pre_hook(hook_of(stats, alone)))
@@ -256,10 +269,6 @@ def input_quantizer(plan: Plan, stats: InputStats | None, recipe: Recipe) -> Inp
             f"static ranges are one for all tokens, but inputs in {format.name} have one for each; "
             f"name {format.name.split('_')[0]}_tensor"
         )
-    from .ranges import RangeObserver
-
-    observer = RangeObserver(format, (plan.inputs_range,))
-    observer.update(stats.rows())
-    grid = observer.grid(plan.inputs_range)
+    grid = stats.observers[format.name, plan.inputs_range].grid(plan.inputs_range)
     zero = None if grid.offset is None else torch.round(-grid.offset / grid.scale).reshape(())
     return InputQuantizer(format, scale=grid.scale.reshape(()), zero=zero)

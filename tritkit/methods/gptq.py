@@ -21,7 +21,7 @@ MOST_DAMPING = 10.0  # of the mean diagonal; a Hessian that is still singular th
 
 
 def solve(w: Tensor, plan: Plan, stats: InputStats | None, options: Any) -> QTensor:
-    """See METHODS. ``stats.note`` tells where more damping was needed than the recipe asks for."""
+    """See METHODS. ``stats.derived["note"]`` tells where more damping was needed than the recipe asks for."""
     format, gptq = plan.format, options.gptq
     assert format is not None
     if stats is None or not stats.tokens:
@@ -30,38 +30,44 @@ def solve(w: Tensor, plan: Plan, stats: InputStats | None, options: Any) -> QTen
     if gptq.act_order and grouped and not gptq.static_groups:
         # Groups of columns that are no neighbours would need an index of columns, which no layout of ours has.
         gptq = replace(gptq, static_groups=True)
-    hessian, dead, order = _hessian(stats, gptq)
-    importance = hessian.diagonal().float()
+    dead = stats.hessian.diagonal() <= 0
+    importance = stats.second_moment if options.importance else None
     fixed = None
     if gptq.static_groups or not grouped:
         fixed = fit(format.split(w), format, plan, _grouped(importance, format, w))
+    order, inverse = stats.once(("factor", gptq), lambda: _factor(stats, gptq))
     w = w.masked_fill(dead, 0)
-    inverse = stats.once(("factor", gptq), lambda: inverse_factor(hessian[order][:, order], gptq, stats))
-    codes, grids = _columns(w[:, order], inverse, format, plan, gptq, fixed, order, importance)
-    back = torch.argsort(order)
-    codes = codes[:, back]
+    codes, grids = _columns(w if order is None else w[:, order], inverse, format, plan, gptq, fixed, order, importance)
+    if order is not None:
+        codes = codes[:, torch.argsort(order)]
     grid = fixed if fixed is not None else _joined(grids)
     split = format.split(w).shape
     return QTensor(format, codes.reshape(split).to(torch.int16), grid, tuple(w.shape))
 
 
-def _hessian(stats: InputStats, options: GptqOptions) -> tuple[Tensor, Tensor, Tensor]:
-    """The mean of x x^T, which inputs are always zero, and the order of the columns."""
+def _factor(stats: InputStats, options: GptqOptions) -> tuple[Tensor | None, Tensor]:
+    """The order of the columns (None: their own), and the factor of the inverse Hessian in that order."""
     hessian = stats.hessian / stats.tokens
-    dead = hessian.diagonal() <= 0
-    hessian[dead, dead] = 1.0
-    order = torch.arange(len(hessian))
-    if options.act_order:
-        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    return hessian, dead, order
+    diagonal = hessian.diagonal()
+    dead = diagonal <= 0
+    if dead.any():  # inputs that are always zero: any number that does not change the mean will do
+        diagonal[dead] = float(diagonal[~dead].mean()) if not dead.all() else 1.0
+    order = torch.argsort(diagonal, descending=True, stable=True) if options.act_order else None
+    if order is not None:
+        hessian = hessian[order][:, order]
+    return order, inverse_factor(hessian, options, stats)
 
 
 def inverse_factor(hessian: Tensor, options: GptqOptions, stats: InputStats) -> Tensor:
-    """Upper Cholesky factor of the damped inverse, float32 [in, in]. Damping grows tenfold while H is singular."""
-    mean, damping = float(hessian.diagonal().mean()), options.damping
-    identity = torch.eye(len(hessian), dtype=hessian.dtype)
+    """Upper Cholesky factor of the damped inverse, float32 [in, in]. Damping grows tenfold while H is singular.
+
+    ``hessian`` is changed: its diagonal carries the damping afterwards.
+    """
+    mean, damping, added = float(hessian.diagonal().mean()), options.damping, 0.0
     while True:
-        lower, failed = torch.linalg.cholesky_ex(hessian + damping * mean * identity)
+        hessian.diagonal().add_((damping - added) * mean)
+        added = damping
+        lower, failed = torch.linalg.cholesky_ex(hessian)
         if not failed:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
         if not failed and torch.isfinite(upper).all():
@@ -70,7 +76,7 @@ def inverse_factor(hessian: Tensor, options: GptqOptions, stats: InputStats) -> 
         if damping > MOST_DAMPING:
             raise ValueError("the second moments of the inputs are no positive matrix, whatever the damping")
     if damping != options.damping:
-        stats.note = f"the Hessian was singular: damping {damping:g} in place of {options.damping:g}"
+        stats.derived["note"] = f"the Hessian was singular: damping {damping:g} in place of {options.damping:g}"
     return upper.float()
 
 
@@ -81,8 +87,8 @@ def _columns(
     plan: Plan,
     options: GptqOptions,
     fixed: Grid | None,
-    order: Tensor,
-    importance: Tensor,
+    order: Tensor | None,
+    importance: Tensor | None,
 ) -> tuple[Tensor, list[Grid]]:
     """Codes float32 [out, in] in the given order of columns; grids of the blocks of columns where they are not fixed.
 
@@ -100,9 +106,11 @@ def _columns(
             column = begin + j
             if fixed is None and column % size == 0:
                 here = format.split(part[:, j : j + size].contiguous())
-                weights = importance[column : column + size].reshape(here.shape[1:])
+                weights = None if importance is None else importance[column : column + size].reshape(here.shape[1:])
                 grids.append(fit(here, format, plan, weights))
-            grid = _grid_of(fixed, format, int(order[column])) if fixed is not None else None
+            grid = (
+                _grid_of(fixed, format, column if order is None else int(order[column])) if fixed is not None else None
+            )
             if grid is None:
                 grid = _grid_of(grids[-1], format, column % size)
             value = part[:, j]
@@ -126,8 +134,10 @@ def _grid_of(grid: Grid, format: Format, column: int) -> Grid:
     return Grid(scale, inverse, of(grid.offset), of(grid.threshold))
 
 
-def _grouped(importance: Tensor, format: Format, w: Tensor) -> Tensor | None:
+def _grouped(importance: Tensor | None, format: Format, w: Tensor) -> Tensor | None:
     shape = format.split(w).shape
+    if importance is None:
+        return None
     return importance.reshape(shape[1:]) if shape[1] * shape[2] == w.shape[1] else None
 
 

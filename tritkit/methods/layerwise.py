@@ -28,7 +28,7 @@ from .steps import Step, run_block
 from .stream import STRIP, DecoderStream
 from .transforms import apply, folds, require_same, scale_of
 
-CHECKED_TOKENS = 512  # of each held-out sequence: what the divergence of the whole model is measured on
+CHECKED_TOKENS = 256  # of each held-out sequence: what the divergence of the whole model is measured on
 CHUNK = 2048  # tokens of a batch of sequences
 
 
@@ -109,7 +109,8 @@ class Layerwise:
         recipe = self.loaded.recipe
         reference = []
         if held and recipe.correct and recipe.qwt.check:
-            reference = self.stream.finish([self.stream.embed(t) for t in short.split(CHUNK // short.shape[1])], 0)
+            states = self.stream.finish([self.stream.embed(t) for t in short.split(CHUNK // short.shape[1])], 0)
+            reference = [[p.half() for p in self.stream.log_probabilities(x)] for x in states]
         return inputs, held, reference
 
     def _layer(self, number: int, inputs: list, held: list, reference: list) -> Step:

@@ -83,11 +83,11 @@ def explained(pairs: Iterable[Pair], term: Callable[[Tensor], Tensor]) -> float:
     return 1 - left / total if total > 0 else 0.0
 
 
-def report(term: Any, fitted: float, held_out: float, kept: bool, **more: Any) -> dict[str, Any]:
+def report(term: Any, fitted: float, held_out: float | None, kept: bool, **more: Any) -> dict[str, Any]:
     """What results.json says of a block's term."""
     return {
         "r2": round(fitted, 6),
-        "r2_held_out": round(held_out, 6),
+        "r2_held_out": None if held_out is None else round(held_out, 6),
         "kept": kept,
         "largest": round(float(term.weight.abs().max()), 6),
         **more,

@@ -35,10 +35,11 @@ CORRECTIONS = ("qwt",)
 @dataclass(frozen=True)
 class GptqOptions:
     """Frantar et al. 2022. damping: share of the mean diagonal that is added to the Hessian; columns: of a lazy batch;
-    act_order: columns of large inputs first, which fixes the grids of groups beforehand (static groups)."""
+    act_order: columns of large inputs first, which fixes the grids of groups beforehand (static groups). In models with
+    a few massive channels, which are most, the order decides whether GPTQ gains anything (docs/log.md)."""
 
     damping: float = 0.01
-    act_order: bool = False
+    act_order: bool = True
     static_groups: bool = False
     columns: int = 128
 

@@ -37,8 +37,8 @@ def record_of(
     about = stats.once("record", lambda: inputs_record(stats))
     found |= {"output_error": stats.output_error(difference) / output if output else 0.0, **about["facts"]}
     found["histograms"]["inputs"] = about["histogram"]
-    if stats.note:
-        found["note"] = stats.note
+    if "note" in stats.derived:
+        found["note"] = stats.derived["note"]
     return found
 
 
@@ -51,7 +51,7 @@ def inputs_record(stats: InputStats) -> dict[str, Any]:
         "outlier_threshold": OUTLIER,
         "calibration_tokens": stats.tokens,
         "top_channels": [[int(c), _short(v)] for v, c in zip(*largest, strict=True)],
-        "ranges": ranges_of(rows),
+        "ranges": ranges_of(rows) | {"absmax": [_short(-stats.largest.max()), _short(stats.largest.max())]},
     }
     return {"facts": facts, "histogram": histogram(rows)}
 

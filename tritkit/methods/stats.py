@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 OUTLIER = 6.0  # LLM.int8()'s threshold (FACTS 10.1)
 BINS = 64
-SAMPLE = 1024  # rows of each batch that histograms look at
+SAMPLE = 8192  # rows that histograms look at, at most
 
 
 @dataclass
@@ -29,9 +29,10 @@ class InputStats:
     absolute: Tensor = field(init=False)
     largest: Tensor = field(init=False)
     outliers: int = 0  # inputs of at least OUTLIER
-    sample: list[Tensor] = field(default_factory=list)  # rows, for histograms
+    sample: list[Tensor] = field(default_factory=list)  # rows from all over, for histograms
+    stride: int = 1  # of every so many rows one is in the sample
+    observers: dict[Any, Any] = field(default_factory=dict)  # of static ranges, which see every row
     importance: Tensor | None = None  # float32 [in]: of the columns, from a file, in place of the mean squares here
-    note: str = ""  # what a method has to say of them
     derived: dict[Any, Any] = field(default_factory=dict)  # what was computed of them, once for all that read them
 
     def __post_init__(self) -> None:
@@ -56,9 +57,12 @@ class InputStats:
         self.absolute += size.sum(0).double().cpu()
         self.largest = torch.maximum(self.largest, size.amax(0).cpu())
         self.outliers += int((size >= OUTLIER).sum())
-        step = max(len(rows) // SAMPLE, 1)
-        if sum(len(s) for s in self.sample) < 8 * SAMPLE:
-            self.sample.append(rows[::step][:SAMPLE].half().cpu())
+        self.sample.append(rows[:: self.stride].cpu().clone())
+        while sum(len(s) for s in self.sample) > SAMPLE:
+            self.stride *= 2
+            self.sample = [torch.cat(self.sample)[::2].clone()]
+        for observer in self.observers.values():
+            observer.update(rows)
 
     @property
     def second_moment(self) -> Tensor:
@@ -71,7 +75,7 @@ class InputStats:
 
     def rows(self) -> Tensor:
         """A sample of the inputs, float32 [n, in]."""
-        return torch.cat(self.sample).float() if self.sample else torch.zeros(0, self.features)
+        return torch.cat(self.sample) if self.sample else torch.zeros(0, self.features)
 
     def once(self, key: Hashable, compute: Callable[[], T]) -> T:
         """What ``compute`` returns, computed by the first linear that asks: linears of a stage share their inputs."""
@@ -81,8 +85,8 @@ class InputStats:
 
     def output_error(self, difference: Tensor) -> float:
         """Mean over tokens of |difference . x|^2, difference float32 [out, in]: trace(D H D^T) / tokens."""
-        d = difference.double()
-        return max(float(((d @ self.hessian) * d).sum()), 0.0) / max(self.tokens, 1)
+        hessian = self.once("hessian32", self.hessian.float)
+        return max(float(((difference @ hessian) * difference).sum(dtype=torch.float64)), 0.0) / max(self.tokens, 1)
 
 
 def decibels(signal: float, noise: float) -> float | None:

@@ -61,8 +61,8 @@ def run_block(
     else:
         term, explained = qwt.solve(missing, options.ridge), qwt.explained
     fitted = explained(missing, term)
-    judged = explained(missing_held, term) if held else fitted
-    kept, more = judged > 0, {}
+    judged = explained(missing_held, term) if held else None
+    kept, more = (fitted if judged is None else judged) > 0, {}
     compensated = [y + term(x) for x, y in zip(held, step.held, strict=True)]
     if kept and options.check and judge is not None and held:
         before, after = judge(step.held), judge(compensated)

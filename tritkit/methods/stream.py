@@ -24,6 +24,7 @@ class DecoderStream:
         self.model, self.config = model, model.config
         frequencies, self.attention_factor = self.config.rope_frequencies()
         self.frequencies = torch.from_numpy(frequencies)
+        self._output: Tensor | None = None  # the head in float32, once it was asked for
         self._rotary: dict[int, tuple[Tensor, Tensor]] = {}
 
     def layer(self, number: int) -> Layer:
@@ -92,16 +93,23 @@ class DecoderStream:
             found = [self.call(layer, i, x) for i, x in enumerate(found)]
         return found
 
-    def divergence(self, reference: Iterable[Tensor], states: Iterable[Tensor]) -> float:
-        """Mean over positions of KL(reference || states) in nats, both hidden states behind the last layer."""
+    def divergence(self, reference: Iterable[Iterable[Tensor]], states: Iterable[Tensor]) -> float:
+        """Mean over positions of KL(reference || states) in nats. reference: strips of log-probabilities, as
+        ``log_probabilities`` gives them; states: hidden states behind the last layer."""
         total, count = 0.0, 0
         for wanted, found in zip(reference, states, strict=True):
-            for p, q in zip(self.log_probabilities(wanted), self.log_probabilities(found), strict=True):
+            for strip, q in zip(wanted, self.log_probabilities(found), strict=True):
+                p = strip.float()
                 total += float((p.exp() * (p - q)).sum(dtype=torch.float64))
                 count += len(p)
         return total / max(count, 1)
 
     def _head(self) -> Tensor:
+        if self._output is None:
+            self._output = self._read_head()
+        return self._output
+
+    def _read_head(self) -> Tensor:
         name = EMBEDDING if self.config.tie_word_embeddings else HEAD
         return torch.from_numpy(self.model.floats(name))
 
