@@ -74,7 +74,6 @@ def settings(task: Task, method: str) -> dict[str, Recipe]:
         "W4A4 static": Recipe(format="int4_row", inputs="int4_tensor_asym", **static),
         "W4A4": Recipe(format="int4_row", inputs="int4_row_asym", method=method),
         "W4A8 static": Recipe(format="int4_row", inputs="int8_tensor_asym", **static),
-        "W3A3 static": Recipe(format="int3_row", inputs="int3_tensor_asym", **static),
         "W3": Recipe(format="int3_row", method=method),
         "W2": Recipe(format="int2_row", method=method),
     }
