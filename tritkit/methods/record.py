@@ -12,6 +12,7 @@ from .recipe import Plan
 from .stats import BINS, OUTLIER, InputStats, decibels
 
 TOP_CHANNELS = 32
+PART = 1 << 23  # values that a histogram counts at a time: its counts are float32
 
 
 def record_of(
@@ -20,7 +21,7 @@ def record_of(
     """before, after: float32 [out, in], the weights and what the codes stand for. Errors of outputs are relative to
     the outputs' own size: |D x|^2 / |W x|^2, mean over calibration tokens."""
     difference = after - before
-    signal, noise = float(before.double().square().mean()), float(difference.double().square().mean())
+    signal, noise = mean_square(before), mean_square(difference)
     found: dict[str, Any] = {
         "format": plan.format.name if plan.format else None,
         "method": plan.method if plan.format else None,
@@ -40,6 +41,11 @@ def record_of(
     if "note" in stats.derived:
         found["note"] = stats.derived["note"]
     return found
+
+
+def mean_square(values: Tensor) -> float:
+    """Summed in float64 without a copy."""
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2 / max(values.numel(), 1)
 
 
 def inputs_record(stats: InputStats) -> dict[str, Any]:
@@ -71,9 +77,12 @@ def histogram(values: Tensor) -> dict[str, Any]:
         return {"low": 0.0, "high": 0.0, "counts": [0] * BINS}
     flat = values.detach().float().flatten()
     low, high = (float(v) for v in torch.aminmax(flat))
-    counts = (
-        torch.histc(flat, BINS, low, high) if high > low else torch.tensor([float(flat.numel())] + [0.0] * (BINS - 1))
-    )
+    counts = torch.zeros(BINS, dtype=torch.float64)
+    if high > low:
+        for part in flat.split(PART):
+            counts += torch.histc(part, BINS, low, high)
+    else:
+        counts[0] = flat.numel()
     return {"low": _short(low), "high": _short(high), "counts": [int(c) for c in counts]}
 
 
