@@ -121,8 +121,9 @@ def _engines(rows: Sequence[Row]) -> list[str]:
             found.append(f"{subject} run by the {engine} engine: {how}.")
     plain = {r["metrics"].get("eval_engine") for r in rows if r["recipe"] and not _recipe(r).get("inputs")}
     if "native" in plain:
-        found.append("Quantised matrices whose recipe has no inputs run natively on activations rounded to int8 in groups"
-                     " of 32 (a8_g32), as in llama.cpp" + "; in torch on floats" * ("torch" in plain) + ".")  # fmt: skip
+        torch = "; in torch on floats" if "torch" in plain else ""
+        found.append("Quantised matrices whose recipe has no inputs run natively on activations rounded to int8 in "
+                     f"groups of 32 (a8_g32), as in llama.cpp{torch}.")  # fmt: skip
     return found
 
 
