@@ -1,20 +1,26 @@
 """A sweep's rows are what quantize and eval give by themselves; it goes on where it was, and refuses before it runs."""
 
 import json
+import os
 import shutil
 from collections import namedtuple
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from tritkit.checkpoint import open_folder
+from tritkit.checkpoint import linear_names, linear_shape, open_folder
 from tritkit.cli import main
+from tritkit.engine.codes import NotNative
 from tritkit.engine.load import load
 from tritkit.evals import divergence
 from tritkit.evals.perplexity import evaluate
 from tritkit.methods.quantizer import quantize_folder
-from tritkit.methods.recipe import read_recipe
+from tritkit.methods.recipe import LoadedRecipe, Recipe, read_recipe
+from tritkit.sweeps import estimate as estimate_module
 from tritkit.sweeps import run as module
-from tritkit.sweeps.estimate import Estimate, Probe, kind_of, said
+from tritkit.sweeps.estimate import Estimate, Probe, said
+from tritkit.sweeps.kinds import kind_of
 from tritkit.sweeps.run import sweep
 from tritkit.sweeps.settings import Settings
 from tritkit.sweeps.table import COLUMNS, markdown, write_markdown
@@ -47,6 +53,31 @@ def place(make_folder, text_file, tmp_path):
     )
     recipes = {name: read_recipe(tmp_path / f"{name}.toml") for name in RECIPES}
     return namedtuple("Place", "folder settings recipes out")(tmp_path, settings, recipes, tmp_path / "sweep.json")
+
+
+def counted(monkeypatch):
+    """The names of the recipes that are quantised from now on."""
+    made = []
+
+    def quantize(model, out, loaded, *arguments, **options):
+        made.append(loaded.recipe.name)
+        return quantize_folder(model, out, loaded, *arguments, **options)
+
+    monkeypatch.setattr(module, "quantize_folder", quantize)
+    return made
+
+
+def change_weights(folder):
+    """The last byte of them, and nothing about their file."""
+    path = Path(folder) / "model.safetensors"
+    data, times = bytearray(path.read_bytes()), path.stat().st_mtime_ns
+    data[-1] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(times, times))
+
+
+def shapes(folder):
+    return [linear_shape(folder.config, name) for name in linear_names(folder.config)]
 
 
 def rows(path):
@@ -118,16 +149,37 @@ def test_a_failed_row_is_tried_again(place, monkeypatch):
 
 
 def test_a_folder_that_was_quantised_before_the_stop_is_used(place, monkeypatch):
+    (place.folder / "budget.toml").write_text('budget.bits = 4.0\nbudget.options = ["int3_g32", "int4_g32"]\n')
+    loaded = read_recipe(place.folder / "budget.toml")  # its linears have formats only when it is measured
+    sweep(place.settings, [], place.out)
+    made = counted(monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(module, "score", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            sweep(place.settings, [], place.out)  # in the middle of the model's own row
-    sweep(place.settings, [], place.out)
-    loaded = place.recipes["rtn4"]
-    folder = place.out.with_suffix(".work") / f"rtn4-{loaded.digest()[:8]}"
-    seconds = quantize_folder(place.settings.model, folder, loaded)["quantize_seconds"]
+            sweep(place.settings, [loaded], place.out)
+    assert list(rows(place.out)) == ["llama-0"] and made == ["budget"]
     sweep(place.settings, [loaded], place.out)
-    assert rows(place.out)["rtn4"]["metrics"]["quantize_seconds"] == seconds
+    assert rows(place.out)["budget"]["error"] is None and made == ["budget"]
+    assert rows(place.out)["budget"]["metrics"]["recipe_digest"] == loaded.digest()
+
+
+def test_a_kept_folder_made_otherwise_is_made_again(place, monkeypatch):
+    recipes, made = [place.recipes["rtn4"], place.recipes["gptq3"]], counted(monkeypatch)
+
+    def again(settings):
+        place.out.unlink(missing_ok=True)
+        made.clear()
+        sweep(settings, recipes, place.out, keep=True)
+        return made
+
+    assert again(place.settings) == ["rtn4", "gptq3"] and again(place.settings) == []
+    fewer = replace(place.settings, sequences=2)
+    assert again(fewer) == ["gptq3"] and again(replace(fewer, length=32)) == ["gptq3"]  # rtn4 sees no text
+    text = Path(place.settings.calibration[0])
+    text.write_text(text.read_text().replace("moon", "noon"))
+    assert again(replace(fewer, length=32)) == ["gptq3"]
+    change_weights(place.settings.model)
+    assert again(replace(fewer, length=32)) == ["rtn4", "gptq3"]
 
 
 def test_without_room_for_logits_the_parent_runs_again(place, monkeypatch):
@@ -159,6 +211,58 @@ def test_other_settings_are_another_sweep(place):
     with pytest.raises(ValueError, match="is no file of a sweep"):
         sweep(place.settings, [], place.out)
     assert before
+
+
+def test_rows_of_files_that_have_changed_are_refused(place, text_file):
+    settings = replace(place.settings, suites=("perplexity",))
+    sweep(settings, [], place.out)
+    before = place.out.read_bytes()
+    for path in (text_file, *Path(settings.model).iterdir()):
+        os.utime(path, (0, 0))
+    sweep(settings, [], place.out)  # the same bytes
+    tree = json.loads(before)
+    del tree["digests"]
+    place.out.write_text(json.dumps(tree))
+    with pytest.raises(ValueError, match="do not say what their model and texts held; give another --out"):
+        sweep(settings, [], place.out)
+    place.out.write_bytes(before)
+    for name, change in {
+        "MODEL has": lambda: change_weights(settings.model),
+        "the text of --data has": lambda: text_file.write_text(text_file.read_text().replace("e", "a")),
+        "the text of --calibration has": lambda: Path(settings.calibration[0]).write_text("rain " * 500),
+    }.items():
+        place.out.unlink()
+        sweep(settings, [], place.out)
+        before = place.out.read_bytes()
+        change()
+        with pytest.raises(ValueError, match=f"{name} changed since the rows of .* were measured; give another --out"):
+            sweep(settings, [], place.out)
+        assert place.out.read_bytes() == before
+
+
+def test_torch_runs_what_the_native_engine_refuses_and_nothing_else(place):
+    settings = replace(place.settings, engine="native", kv_bits=8, suites=("perplexity",))
+    with pytest.raises(ValueError, match="kv_bits is 5"):
+        replace(settings, kv_bits=5).open(settings.model, 1)
+    with pytest.raises(ValueError, match="head is 'flaot'"):
+        replace(settings, head="flaot").open(settings.model, 1)
+    (place.folder / "llm8.toml").write_text('format = "int8_row"\ninputs = "int8_row+outliers"\n')
+    tree = sweep(settings, [place.recipes["rtn4"], read_recipe(place.folder / "llm8.toml")], place.out, threads=1)
+    had = [tuple(row["metrics"][f"eval_{name}"] for name in ("engine", "kv_bits", "head")) for row in tree["rows"]]
+    assert had == [("native", 8, "float"), ("native", 8, "float"), ("torch", 32, "float")]
+    text = markdown(tree)
+    assert "* Rows are run by the native engine: keys and values of 8 bits, head float.\n" in text
+    assert ("* llm8, which the native engine refuses, is run by the torch engine: keys and values of 32 bits, head "
+            "float.\n") in text  # fmt: skip
+    assert "run natively on activations rounded to int8 in groups of 32 (a8_g32), as in llama.cpp.\n" in text
+
+
+@pytest.mark.parametrize("format", ["int4_g8", "a4", "int8_g32_asym", "int8_row+outliers"])
+def test_what_only_torch_runs_is_refused_as_that(place, format):
+    recipe = Recipe(format=format) if format == "int4_g8" else Recipe(format="int8_row", inputs=format)
+    quantize_folder(place.settings.model, place.folder / "made", recipe)
+    with pytest.raises(NotNative, match="torch"):
+        load(place.folder / "made", "native", 1)
 
 
 REFUSED = {
@@ -229,20 +333,49 @@ def test_the_suite_speed_is_bench(make_folder):
     assert rate > 10 and sd >= 0
 
 
-def test_rows_that_are_done_correct_the_estimate(place):
+def test_calibration_is_predicted_for_recipes_that_use_it(place):
     folder = load(place.settings.model, "torch").folder
-    estimate = Estimate(folder, Probe(1e-3, 1e-9, 1e-8), 10.0, 256)
+    estimate = Estimate(folder, place.settings, Probe(1e-3, 1e-9, 1e-8), 10.0)
+    without = replace(estimate, settings=replace(place.settings, calibration=()))
     rtn, gptq = place.recipes["rtn4"], place.recipes["gptq3"]
     assert kind_of(None) == "none" and kind_of(rtn) == "rtn" and kind_of(gptq) == "gptq"
     assert estimate.quantising(None) == 0 < estimate.quantising(rtn) < estimate.quantising(gptq)
     assert estimate.quantising(place.recipes["misfit"]) == 0
+    longer = replace(estimate, settings=replace(place.settings, length=128))
+    assert longer.quantising(rtn) == estimate.quantising(rtn) and longer.quantising(gptq) > estimate.quantising(gptq)
+    search = LoadedRecipe(Recipe("q4_0", "q4_0"))  # weighs columns where there is text to weigh them by
+    passes = 2 * 4 * 64 * sum(rows * columns for rows, columns in shapes(folder)) * 1e-9
+    assert estimate.quantising(search) - without.quantising(search) == pytest.approx(passes)
+    assert without.quantising(gptq) == estimate.quantising(gptq)  # the bundled books
     assert estimate.left([None, rtn]) == pytest.approx(estimate.quantising(rtn) + 20)
-    estimate.learn(None, 0.0, 30.0)  # the evaluation was slower than predicted
-    assert estimate.left([None, gptq]) == pytest.approx(60 + estimate.quantising(gptq))
-    estimate.learn(gptq, 0.5 * estimate.quantising(gptq), 50.0)
-    assert estimate.left([gptq]) == pytest.approx(40 + 0.5 * estimate.quantising(gptq))
-    assert estimate.left([rtn]) == pytest.approx(40 + 0.5 * estimate.quantising(rtn))
     assert [said(s) for s in (5, 600, 9000)] == ["5 s", "10 min", "2.5 h"]
+
+
+def test_rows_of_a_busy_hour_do_not_spoil_the_estimate(place):
+    """Seconds of rows that were really measured: the first three while others used the machine."""
+    folder = load(place.settings.model, "torch").folder
+    rtn, gptq = place.recipes["rtn4"], place.recipes["gptq3"]
+    qwt = LoadedRecipe(replace(gptq.recipe, name="qwt", correct="qwt"))
+    weights = sum(rows * columns for rows, columns in shapes(folder))
+    each = Estimate(folder, place.settings, Probe(0, 1.0, 0), 0.0).quantising(gptq)
+    estimate = Estimate(folder, place.settings, Probe(1e-3, 245 / each, 5 / weights), 60.0)
+    todo, true = [*[qwt] * 10, *[rtn] * 10], 10 * (500 + 45) + 10 * (5 + 45)
+    assert true / 2 < estimate.left(todo) < 2 * true
+    for loaded, quantising, whole in ((None, 0, 316), (rtn, 29, 112), (gptq, 404, 451), (rtn, 6, 50), (gptq, 256, 290)):
+        metrics = {"quantize_seconds": quantising} if loaded else {}
+        estimate.learn_row(loaded, {"metrics": metrics, "seconds": whole, "error": None})
+        assert true / 2 < estimate.left(todo) < 2 * true, (loaded, estimate.left(todo))
+    estimate.learn_row(rtn, {"metrics": {}, "seconds": 1e6, "error": "it failed"})
+    assert estimate.left([]) == 0 and estimate.left(todo) < 2 * true
+    for _ in range(5):  # rows of the very kind say it best, and the latest ones
+        estimate.learn(qwt, 700, 30)
+    assert estimate.left([qwt]) == pytest.approx(700 + 30)
+
+
+def test_a_stall_is_no_rate(monkeypatch):
+    clock = iter([0, 9, 10, 11, 20, 27, 30, 31])  # one that does not count, then 1, 7, 1
+    monkeypatch.setattr(estimate_module.time, "perf_counter", lambda: next(clock))
+    assert estimate_module._seconds(lambda: None, 3) == 1
 
 
 @pytest.mark.interop

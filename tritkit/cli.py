@@ -394,7 +394,9 @@ def sweep(arguments: list[str]) -> int:
         help="perplexity (llama.cpp's and gptq's protocol), divergence (KL to MODEL), speed (decode)",
     )
     parser.add_argument("--data", action="append", default=[], help="test text (default: the bundled held-out books)")
-    parser.add_argument("--chunks", type=int, default=40, help="of 512 tokens, llama.cpp's protocol (default 40)")
+    parser.add_argument(
+        "--chunks", type=int, default=40, help="of 512 tokens, llama.cpp's protocol (default 40; 0 all)"
+    )
     parser.add_argument("--windows", type=int, default=10, help="of 2048 tokens, gptq's protocol (default 10; 0: all)")
     parser.add_argument(
         "--calibration", action="append", default=[], metavar="TEXT", help="for methods (default: books)"

@@ -19,6 +19,10 @@ UNIT = 16  # groups of weights are multiples of so many columns
 STRIP = 32  # groups of inputs are
 
 
+class NotNative(ValueError):
+    """A model holds what this engine does not run and the torch engine does."""
+
+
 def grouped(layout: str, arrays: dict[str, np.ndarray], shape: tuple[int, int]) -> tuple[np.ndarray, Groups, float]:
     """The codes as they lie, what they mean, and a scale for all of them; ValueError for what has no native form."""
     first = LAYOUTS[layout].rows(Packed(arrays), shape, slice(0, 1))
@@ -32,7 +36,7 @@ def grouped(layout: str, arrays: dict[str, np.ndarray], shape: tuple[int, int]) 
     if not np.isfinite(groups.scales).all():
         raise ValueError(f"{int((~np.isfinite(groups.scales)).sum())} of its scales are not finite")
     if groups.size < shape[1] and groups.size % UNIT:
-        raise ValueError(
+        raise NotNative(
             f"it has groups of {groups.size} columns; the native engine runs multiples of {UNIT}, --engine torch any"
         )
     return data, groups, scale
@@ -48,7 +52,7 @@ def _of_dense(arrays: dict[str, np.ndarray], shape: tuple[int, int]) -> tuple[np
     else:  # a code stands for code + lo - zero
         shifted = (np.int16(0) if zero is None else _by_row(zero, shape).astype(np.int16)) - np.int16(lo)
         if np.min(shifted) < 0 or np.max(shifted) > 255:
-            raise ValueError(f"its zero points lie {np.min(shifted)} to {np.max(shifted)} above its lowest code")
+            raise NotNative(f"its zero points lie {np.min(shifted)} to {np.max(shifted)} above its lowest code")
         zeros = np.ascontiguousarray(np.broadcast_to(shifted, scales.shape).astype(np.uint8))
     return arrays["weight"], Groups(width, _size(scales, shape), scales, zeros=zeros, field_bits=bits), 1.0
 
@@ -84,11 +88,9 @@ def inputs_of(
     if format.name == "a8_g32":
         return None
     if format.has_outliers:
-        raise ValueError(
-            f"{name} keeps outliers of its inputs in floats (LLM.int8()), which only the torch engine runs"
-        )
+        raise NotNative(f"{name} keeps outliers of its inputs in floats (LLM.int8()), which only the torch engine runs")
     if format.name == "a4" or (isinstance(format.group, int) and (format.is_asymmetric or format.group % STRIP)):
-        raise ValueError(f"{name} has inputs {format.name}, which only the torch engine runs")
+        raise NotNative(f"{name} has inputs {format.name}, which only the torch engine runs")
     low = 0 if format.is_asymmetric else -(1 << (format.bits - 1))
     high = low + (1 << format.bits) - 1
     group = format.group if isinstance(format.group, int) else 0

@@ -18,7 +18,7 @@ from ..sources import open_model
 from ..tensorfile import StoredTensor
 from ..tokenizer import Tokenizer
 from . import Engine
-from .codes import grouped, inputs_of, rows_of
+from .codes import NotNative, grouped, inputs_of, rows_of
 from .weights import BLOCKS, DecoderShape, DecoderWeights, Inputs, LayerWeights, LinearWeights
 
 FLOAT_LAYOUTS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
@@ -55,7 +55,7 @@ def load(
     threads: 0 uses all usable cores. kv_bits: width of the cached keys and values, 32, 16, 8, 4 or 3; none: 16 with the
     native engine, 32 with torch, which has no other. head: form of the output head, float, int8, int6, int4 or screen;
     none: int8 where it is large, with the native engine, else float. ValueError where the folder is no model, the
-    tokenizer does not fit it, or the engine cannot run it.
+    tokenizer does not fit it, or the engine cannot run it (NotNative where torch can).
     """
     opened = open_model(folder if folder is not None else bundled_folder())
     tokenizer = opened.tokenizer()
@@ -182,12 +182,12 @@ def _packed_linear(
     """Codes. ggml's blocks have their scales inside, and run on activations in groups of 32, as in llama.cpp, unless
     the model is a ternary one, whose matrices have one scale and whose activations have one a token."""
     if layout in GGML and layout not in BLOCKS:
-        raise ValueError(f"{name} is {layout}, which only the torch engine runs")
+        raise NotNative(f"{name} is {layout}, which only the torch engine runs")
     if layout in OWN_CODES:
         try:
             data, groups, common = grouped(layout, arrays, shape)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+            raise type(error)(f"{name}: {error}") from None
         return LinearWeights("grouped", data, *shape, scale=common, activations="a8_g32", groups=groups)
     if layout in GGML:
         if not config.is_low_bit(name) or name in (EMBEDDING, HEAD):

@@ -65,7 +65,7 @@ def quantize_folder(
     float model and the calibration text, and written. ValueError for anything that cannot be, and then nothing is.
     """
     began = time.perf_counter()
-    loaded = as_recipe(recipe)
+    loaded = given = as_recipe(recipe)
     out = Path(out)
     model = open_model(source)
     require_new(out, overwrite, model.path)
@@ -106,7 +106,7 @@ def quantize_folder(
     quantizer.run()
     if loaded.recipe.correct and loaded.recipe.qwt.finetune:
         quantizer.finetune()
-    metrics = _write(model, out, loaded, plans, quantizer, calibration, began)
+    metrics = _write(model, out, loaded, given.digest(), plans, quantizer, calibration, began)
     quantizer.partial.remove()
     return metrics
 
@@ -211,12 +211,14 @@ def _write(
     model: ModelFolder,
     out: Path,
     loaded: LoadedRecipe,
+    digest: str,
     plans: dict[str, Plan],
     quantizer: Layerwise,
     calibration: Sequence[str],
     began: float,
 ) -> dict[str, Any]:
-    """The finished folder, written beside and moved; returns its metrics, which results.json has too."""
+    """The finished folder, written beside and moved; returns its metrics, which results.json has too. digest: of the
+    recipe as it was given, before a budget became rules."""
     coded = {name: layout_of(plan) for name, plan in plans.items() if plan.format is not None}
     layouts = {name: layout for name, layout in model.layouts.items() if name not in coded} | coded
     tensors: dict[str, StoredTensor] = {
@@ -261,7 +263,7 @@ def _write(
             sorted({p.format.name for n, p in plans.items() if p.format and n not in (EMBEDDING, HEAD)})
         ),
         "recipe": loaded.recipe.name,
-        "recipe_digest": loaded.digest(),
+        "recipe_digest": digest,
         "types": ", ".join(f"{count} {kind}" for kind, count in sorted(types.items(), key=lambda t: -t[1])),
         "adapters": len(adapters),
         "quantize_seconds": time.perf_counter() - began,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,16 @@ from ..checkpoint import ModelFolder, linear_names, linear_shape
 from ..engine.load import Model
 from ..evals.divergence import compared, logits_of
 from ..evals.perplexity import ScoredText
-from ..methods.quantizer import all_plans, needs_inputs, require_fit
+from ..methods.allocate import SEQUENCES, TOKENS
+from ..methods.quantizer import all_plans, require_fit
 from ..methods.recipe import LoadedRecipe
+from .kinds import calibration_of, kind_of
+from .settings import Settings
 
 SPEED_SECONDS = 20.0  # of the suite speed: processes that start, a second or two of every sample
-PROBE_TOKENS, PROBE_ROWS = 256, 512
+WINDOW_TOKENS = 256
+PROBE_TOKENS, PROBE_WEIGHTS = 2048, 2**20
+RECENT = 5  # rows of which the median counts: how busy the machine is changes
 SEARCH = 4.0  # times as long as rounding to nearest, roughly
 
 
@@ -31,7 +37,7 @@ class Probe:
 
     @classmethod
     def measure(cls, model: Model, texts: dict[str, ScoredText]) -> Probe:
-        """A window, a matrix product and a matrix that is rounded, once each after one that does not count."""
+        """A window, a matrix product and a matrix that is rounded, each the median of several."""
         return cls(_token(model, texts), *_matrices(model.folder))
 
 
@@ -39,44 +45,55 @@ def _token(model: Model, texts: dict[str, ScoredText]) -> float:
     if not texts:
         return 0.0
     window = next(iter(texts.values())).windows[0]
-    window = type(window)(window.tokens[:PROBE_TOKENS], window.targets[:PROBE_TOKENS])
+    window = type(window)(window.tokens[:WINDOW_TOKENS], window.targets[:WINDOW_TOKENS])
     if not (window.targets >= 0).any():  # the second half of a chunk is scored
         window = type(window)(window.tokens, np.append(window.tokens[1:], np.int32(-1)))
-    seconds = 0.0
-    for _ in range(2):
-        began = time.perf_counter()
+
+    def read() -> None:
         for logits in logits_of(model.engine, window):
             compared(logits[:8], logits[:8], np.zeros(len(logits[:8]), np.int64))
-        seconds = time.perf_counter() - began
-    return seconds / len(window.tokens)
+
+    return _seconds(read, 3) / len(window.tokens)
 
 
 def _matrices(folder: ModelFolder) -> tuple[float, float]:
+    """Sizes as in the work itself: where other processes run, a small product waits longer than it computes."""
     import torch
 
     from ..formats import format_of
 
     rows, columns = max((linear_shape(folder.config, name) for name in linear_names(folder.config)), key=np.prod)
-    w = torch.randn(min(rows, PROBE_ROWS), columns)
+    w = torch.randn(max(min(rows, PROBE_WEIGHTS // columns), 1), columns)
     x = torch.randn(PROBE_TOKENS, columns)
-    format, found = format_of("int4_row"), []
-    for work in (lambda: x @ w.T, lambda: format.quantize(w)):
-        work()
+    format = format_of("int4_row")
+    product, rounding = (_seconds(work, 5) / w.numel() for work in (lambda: x @ w.T, lambda: format.quantize(w)))
+    return product / PROBE_TOKENS, rounding
+
+
+def _seconds(work: Callable[[], object], times: int) -> float:
+    """The median, after once that does not count."""
+    found = []
+    for _ in range(times + 1):
         began = time.perf_counter()
         work()
-        found.append((time.perf_counter() - began) / w.numel())
-    return found[0] / PROBE_TOKENS, found[1]
+        found.append(time.perf_counter() - began)
+    return median(found[1:])
 
 
 @dataclass
 class Estimate:
-    """Seconds of the rows to come: quantising is predicted for each recipe, measuring takes the same for all."""
+    """Seconds of the rows to come: quantising is predicted for each recipe, measuring takes the same for all.
+
+    Rows that are done correct both by medians of what they took. The prediction itself is one of the values, but not
+    where rows of the very same kind of recipe say better: then it would keep what is wrong with it.
+    """
 
     folder: ModelFolder
+    settings: Settings
     probe: Probe
     evaluation: float  # seconds to measure one model
-    calibration_tokens: int
-    done: dict[str, list[float]] = field(default_factory=dict)  # kind: [seconds of quantising predicted, measured]
+    # of rows that are done: (kind, whether it calibrates, seconds of quantising measured / predicted)
+    rates: list[tuple[str, bool, float]] = field(default_factory=list)
     evaluations: list[float] = field(default_factory=list)  # measured
 
     def quantising(self, loaded: LoadedRecipe | None) -> float:
@@ -85,30 +102,32 @@ class Estimate:
             return 0.0
         shapes = [linear_shape(self.folder.config, name) for name in linear_names(self.folder.config)]
         weights = sum(rows * columns for rows, columns in shapes)
-        kind, passes = kind_of(loaded), 0.0
+        kind, passes = kind_of(loaded), 2.0 * self._calibrates(loaded)
         try:
-            plans = all_plans(self.folder, loaded, bool(self.calibration_tokens))
-            require_fit(self.folder, plans)
-            passes = 2.0 * any(needs_inputs(plan, loaded) for plan in plans.values())
+            require_fit(self.folder, all_plans(self.folder, loaded, bool(self.settings.calibration)))
         except ValueError:  # it will fail, which takes no time
             return 0.0
         if loaded.recipe.correct:
             passes += 2
-        if loaded.recipe.budget.bits is not None:
-            passes += len(loaded.recipe.budget.options)
+        tokens = self.settings.sequences * self.settings.length
         seconds = weights * self.probe.rounding * (SEARCH if "search" in kind else 1.0)
-        seconds += passes * weights * self.calibration_tokens * self.probe.forward
+        seconds += passes * weights * tokens * self.probe.forward
+        if loaded.recipe.budget.bits is not None:  # each option rounded and tried, forth and back on part of the text
+            options, some = len(loaded.recipe.budget.options), min(tokens, SEQUENCES * TOKENS)
+            seconds += weights * (options * self.probe.rounding + (options + 4) * some * self.probe.forward)
         if "gptq" in kind:  # a product a column, and a Cholesky factor: half their operations are multiplications
             seconds += sum(rows * c * c + c**3 for rows, c in shapes) / 2 * self.probe.forward
         return seconds
 
+    def _calibrates(self, loaded: LoadedRecipe) -> bool:
+        return calibration_of(self.folder, self.settings, loaded) != ()
+
     def learn(self, loaded: LoadedRecipe | None, quantising: float, evaluation: float) -> None:
         """What a row took."""
         self.evaluations.append(evaluation)
-        if loaded is not None:
-            sums = self.done.setdefault(kind_of(loaded), [0.0, 0.0])
-            sums[0] += self.quantising(loaded)
-            sums[1] += quantising
+        predicted = self.quantising(loaded)
+        if loaded is not None and predicted:
+            self.rates.append((kind_of(loaded), self._calibrates(loaded), quantising / predicted))
 
     def learn_row(self, loaded: LoadedRecipe | None, row: dict[str, Any]) -> None:
         """The same from a row of the file; one that failed teaches nothing."""
@@ -117,35 +136,19 @@ class Estimate:
             self.learn(loaded, quantising, row["seconds"] - quantising)
 
     def left(self, rows: Sequence[LoadedRecipe | None]) -> float:
-        """Seconds for all of these: predicted, times what rows of the same kind really took of it, or all rows."""
-        every = [sum(column) for column in zip(*self.done.values(), strict=True)] or [1.0, 1.0]
-        each = sum(self.evaluations) / len(self.evaluations) if self.evaluations else self.evaluation
-        total = each * len(rows)
-        for row in rows:
-            before, after = self.done.get(kind_of(row), every)
-            total += self.quantising(row) * (after / before if before else 1.0)
-        return total
+        """Seconds for all of these."""
+        each = median([self.evaluation, *self.evaluations[-RECENT:]])
+        return sum(each + self._rate(row) * self.quantising(row) for row in rows)
 
-
-def kind_of(loaded: LoadedRecipe | None) -> str:
-    """Recipes of one kind take about equally long: "gptq+qwt", "awq+rtn", "search", "none" for the model itself."""
-    if loaded is None:
-        return "none"
-    recipe = loaded.recipe
-    parts = [recipe.transform, method_of(loaded), recipe.correct, "budget" if recipe.budget.bits is not None else None]
-    return "+".join(part for part in parts if part)
-
-
-def method_of(loaded: LoadedRecipe) -> str:
-    """The method of most linears."""
-    from ..formats import format_of
-    from ..methods.recipe import KEEP, is_ggml
-
-    recipe = loaded.recipe
-    if recipe.method is not None:
-        return recipe.method
-    named = recipe.format not in (None, KEEP)
-    return "search" if recipe.mix is not None or (named and is_ggml(format_of(str(recipe.format)))) else "rtn"
+    def _rate(self, loaded: LoadedRecipe | None) -> float:
+        """Of what is predicted, by rows of its kind, or else by those that calibrate as it does: rounding and products
+        are predicted apart."""
+        if loaded is None:
+            return 1.0
+        kind, calibrates = kind_of(loaded), self._calibrates(loaded)
+        same = [rate for other, _, rate in self.rates if other == kind]
+        alike = [rate for _, other, rate in self.rates if other == calibrates]
+        return median(same[-RECENT:] or [1.0, *alike[-RECENT:]])
 
 
 def said(seconds: float) -> str:

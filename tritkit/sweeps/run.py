@@ -25,7 +25,7 @@ from ..files import atomic_open
 from ..folderfacts import describe
 from ..jsonfile import read_object
 from ..methods.calibration import read_calibration
-from ..methods.quantizer import all_plans, bundled_text, needs_inputs, quantize_folder
+from ..methods.quantizer import bundled_text, quantize_folder
 from ..methods.recipe import LoadedRecipe
 from ..models.config import ModelConfig
 from ..progress import console
@@ -33,8 +33,9 @@ from ..sources import open_model
 from ..speed import peer
 from ..speed.bench import measure as bench
 from ..speed.measure import Work
-from .estimate import SPEED_SECONDS, Estimate, Probe, method_of, said
-from .settings import DIVERGENCE, Settings
+from .estimate import SPEED_SECONDS, Estimate, Probe, said
+from .kinds import calibration_of, method_of
+from .settings import DIVERGENCE, Settings, require_same_files
 
 SCHEMA = 1
 PARENT = "parent"  # in place of the digest of a recipe: the model itself
@@ -55,9 +56,9 @@ def sweep(
     what cannot be right for any row, before anything runs; what goes wrong with one row stands in that row.
     """
     out = Path(out)
-    book = Book.open(out, settings)
     _require_names(recipes, exact)
     model = open_model(settings.model)
+    book = Book.open(out, settings, settings.digests(model.path))
     _require_calibration(model, settings, recipes)
     if settings.peer is not None:
         peer.require(settings.peer, model.config, itself=True)
@@ -92,33 +93,21 @@ def _require_calibration(model: ModelFolder, settings: Settings, recipes: Sequen
         read_calibration(model.tokenizer(), sources, 1, settings.length, 0, longest, settings.text_field)
 
 
-def calibration_of(model: ModelFolder, settings: Settings, loaded: LoadedRecipe) -> tuple[str, ...] | None:
-    """The text for one recipe: none, (), where it has no use for one; None: the bundled books."""
-    try:
-        plans = all_plans(model, loaded, bool(settings.calibration)).values()
-    except ValueError:  # a recipe that does not fit this model: its row will say so
-        return ()
-    if any(needs_inputs(plan, loaded) for plan in plans):
-        return settings.calibration or None
-    weighs = loaded.recipe.importance and any(plan.method == "search" for plan in plans)
-    return settings.calibration if weighs else ()
-
-
 class Book:
-    """The file of a sweep: {"schema", "settings", "machine", "rows"}, written anew after each row."""
+    """The file of a sweep: {"schema", "settings", "digests", "machine", "rows"}, written anew after each row."""
 
     def __init__(self, path: Path, tree: dict[str, Any]):
         self.path, self.tree = path, tree
 
     @classmethod
-    def open(cls, path: Path, settings: Settings) -> Book:
+    def open(cls, path: Path, settings: Settings, digests: dict[str, str]) -> Book:
         if path.suffix != ".json":
             raise ValueError(f"--out is {path}, expected a name that ends in .json")
         if not path.absolute().parent.is_dir():
             raise ValueError(f"there is no folder {path.absolute().parent} to write {path.name} into")
         if not path.exists():
-            machine = results.machine()
-            return cls(path, {"schema": SCHEMA, "settings": settings.tree(), "machine": machine, "rows": []})
+            begun = {"schema": SCHEMA, "settings": settings.tree(), "digests": digests, "machine": results.machine()}
+            return cls(path, begun | {"rows": []})
         tree = read_object(path)
         rows = tree.get("rows")
         if tree.get("schema") != SCHEMA or not isinstance(rows, list) or not isinstance(tree.get("settings"), dict):
@@ -128,6 +117,7 @@ class Book:
         ):
             raise ValueError(f"{path} has rows that are none of a sweep; give another --out")
         settings.require_same(tree["settings"], path)
+        require_same_files(tree.get("digests"), digests, path)
         return cls(path, tree)
 
     def row(self, loaded: LoadedRecipe | None) -> dict[str, Any] | None:
@@ -213,13 +203,13 @@ class _Sweep:
         if s.peer is not None and DIVERGENCE in self.texts:  # about as fast as we are
             tokens += sum(len(w.tokens) for w in self.texts[DIVERGENCE].windows)
         evaluation = tokens * probe.token + SPEED_SECONDS * ("speed" in s.suites)
-        return Estimate(self.model, probe, evaluation, s.sequences * s.length)
+        return Estimate(self.model, s, probe, evaluation)
 
     def _reference(self, parent: Model) -> Reference:
         """The parent's logits: kept in a file where the disk has room, else computed for every row again."""
         text, vocab_size = self.texts[DIVERGENCE], parent.engine.vocab_size
         size = 4 * vocab_size * sum(int((window.targets >= 0).sum()) for window in text.windows)
-        job = hashlib.sha256(json.dumps([self.settings.tree(), self.model.file_bytes(), vocab_size]).encode())
+        job = hashlib.sha256(json.dumps([self.settings.tree(), self.book.tree["digests"], vocab_size]).encode())
         for window in text.windows:
             job.update(window.tokens.tobytes())
         path = self.work / f"{job.hexdigest()[:16]}.logits"
@@ -260,13 +250,15 @@ class _Sweep:
     def _quantised(self, loaded: LoadedRecipe, folder: Path) -> dict[str, Any]:
         """The folder, made now or by a sweep that was stopped after it; its metrics."""
         s, calibration = self.settings, calibration_of(self.model, self.settings, loaded)
-        made = next((run for run in results.read(folder) if run["verb"] == "quantize"), None)
-        if made is not None:
-            of = (made["settings"].get("parent"), made["settings"].get("calibration"))
-            same = of == (str(self.model.path), [str(bundled_text())] if calibration is None else list(calibration))
-            if same and made["metrics"].get("recipe_digest") == loaded.digest():
-                return made["metrics"]
-        return quantize_folder(
+        digests = self.book.tree["digests"]
+        origin: dict[str, Any] = {"recipe": loaded.digest(), "parent": str(self.model.path), "model": digests["model"]}
+        if calibration != ():
+            origin |= {name: s.tree()[name] for name in ("calibration", "sequences", "length", "text_field")}
+            origin["text"] = digests["calibration"]
+        runs = {run["verb"]: run for run in results.read(folder)}
+        if "quantize" in runs and "sweep" in runs and runs["sweep"]["settings"] == origin:
+            return runs["quantize"]["metrics"]
+        metrics = quantize_folder(
             s.model,
             folder,
             loaded,
@@ -276,12 +268,14 @@ class _Sweep:
             text_field=s.text_field,
             overwrite=True,
         )
+        results.record(folder, "sweep", origin, {})
+        return metrics
 
     def _measured(self, folder: Path) -> dict[str, Any]:
         s = self.settings
-        metrics: dict[str, Any] = {}
         model = s.open(folder, self.threads)
         engine = model.engine.name
+        metrics: dict[str, Any] = {**facts(model.engine), "eval_head": getattr(model.engine, "head", "float")}
         if self.reference is not None:  # the model's perplexity by this protocol comes out on the way
             metrics |= measure(model, self.texts[DIVERGENCE], self.reference)
         for protocol, text in self.texts.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 
 from .. import evals
 from ..data import find_files
+from ..engine.codes import NotNative
 from ..engine.load import Model, load
 from ..evals.perplexity import ScoredText, scored_text
 
 SUITES = (*evals.SUITES, "speed")
+MODEL_FILES = ("*.safetensors", "config.json", "tokenizer*")  # of a folder, what decides about its output
 DIVERGENCE = "llama.cpp"  # the protocol at whose positions models are compared with their parent
 
 
@@ -56,6 +59,15 @@ class Settings:
         """As JSON keeps it."""
         return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
 
+    def digests(self, model: Path) -> dict[str, str]:
+        """SHA-256 of what the files hold that the names of the settings mean now; model: its folder or file."""
+        parts = [part for pattern in MODEL_FILES for part in model.glob(pattern)] if model.is_dir() else [model]
+        return {
+            "model": _sha256(sorted(part for part in parts if part.is_file())),
+            "data": _sha256(find_files(self.data)),
+            "calibration": _sha256(find_files(self.calibration)),
+        }
+
     def protocols(self) -> tuple[str, ...]:
         """Those that are run."""
         if "perplexity" in self.suites:
@@ -65,12 +77,13 @@ class Settings:
     def open(self, folder: Path | str, threads: int) -> Model:
         """The model with the engine that was asked for, or with torch where the native one refuses what it has.
 
-        The head is as it is stored unless asked for otherwise: rounded to 8 bits it would be a change of its own.
+        The head is as it is stored unless asked for otherwise: rounded to 8 bits it would be a change of its own. torch
+        keeps it so, and keys and values in float32, whatever was asked for; rows say what they had.
         """
         head = self.head or "float"
         try:
             return load(folder, self.engine, threads, self.kv_bits, head)
-        except ValueError:
+        except NotNative:
             if self.engine != "native":
                 raise
             return load(folder, "torch", threads)
@@ -94,6 +107,25 @@ class Settings:
                 option = "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
                 raise ValueError(f"the rows of {path} have {option} {_said(tree.get(name))}, not {_said(value)}; "
                                  "give another --out")  # fmt: skip
+
+
+def require_same_files(stored: Any, digests: dict[str, str], path: Path) -> None:
+    """ValueError where rows that are there were measured with files that have changed since."""
+    if not isinstance(stored, dict):
+        raise ValueError(f"the rows of {path} do not say what their model and texts held; give another --out")
+    for name, digest in digests.items():
+        if stored.get(name) != digest:
+            what = "MODEL" if name == "model" else f"the text of --{name}"
+            raise ValueError(f"{what} has changed since the rows of {path} were measured; give another --out")
+
+
+def _sha256(files: Sequence[Path]) -> str:
+    """Of the digests of some files, in their order."""
+    every = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            every.update(hashlib.file_digest(file, "sha256").digest())
+    return every.hexdigest()[:16]
 
 
 def _said(value: Any) -> str:

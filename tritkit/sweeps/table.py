@@ -95,15 +95,35 @@ def notes(tree: dict[str, Any]) -> list[str]:
         names = ", ".join(Path(source).name for source in settings["calibration"]) or "the bundled books"
         size = f"{settings['sequences']} x {settings['length']} tokens"
         found.append(f"Calibration, where a method has one: {size} of {names}.")
-    engines = {m["eval_engine"] for m in known if "eval_engine" in m}
-    if engines:
-        torch = [r["name"] for r in rows if r["metrics"].get("eval_engine") == "torch"]
-        others = f"; torch for {', '.join(torch)}, which the native one refuses" if len(engines) > 1 else ""
-        found.append(f"Run by the {'native' if 'native' in engines else 'torch'} engine{others}.")
+    found += _engines(rows)
     if any(row["exact"] for row in rows):
         found.append("† is exact by construction: the parent's weights lie on this very grid already.")
     machine = tree["machine"]
     found.append(f"Machine: {machine['cpu']}, {machine['cores']} cores.")
+    return found
+
+
+def _engines(rows: Sequence[Row]) -> list[str]:
+    """Which engine ran what, and what is not the same in all rows."""
+    names: dict[str, dict[str, list[str]]] = {"native": {}, "torch": {}}  # by what they keep beside the weights
+    for row in rows:
+        m = row["metrics"]
+        if "eval_engine" in m:
+            how = f"keys and values of {m['eval_kv_bits']} bits, head {m.get('eval_head', 'as stored')}"
+            names[m["eval_engine"]].setdefault(how, []).append(row["name"])
+    found = []
+    for engine, every in names.items():
+        usual = max(every, key=lambda how: len(every[how]), default=None)
+        for how, those in every.items():
+            refused = engine == "torch" and names["native"]
+            who = ", ".join(those) + (", which the native engine refuses," if refused else "")
+            subject = "Rows are" if how == usual and not refused else f"{who} {'is' if len(those) == 1 else 'are'}"
+            found.append(f"{subject} run by the {engine} engine: {how}.")
+    plain = {r["metrics"].get("eval_engine") for r in rows if r["recipe"] and not _recipe(r).get("inputs")}
+    if "native" in plain:
+        torch = "; in torch on floats" if "torch" in plain else ""
+        found.append("Quantised matrices whose recipe has no inputs run natively on activations rounded to int8 in "
+                     f"groups of 32 (a8_g32), as in llama.cpp{torch}.")  # fmt: skip
     return found
 
 
