@@ -34,8 +34,9 @@ from tritkit.embeddings import search_embeddings
 from tritkit.formats import format_of
 from tritkit.methods import rtn
 from tritkit.methods.blocks import is_matrix, matrix_of
-from tritkit.methods.modules import blocks_of, quantize
+from tritkit.methods.modules import quantize
 from tritkit.methods.recipe import LoadedRecipe, Recipe, Rule
+from tritkit.methods.watch import blocks_of
 
 BATCHES, HELD_OUT, SIZE = 16, 2, 32
 TOKENS = 32  # of a text, for the encoder

@@ -6,8 +6,8 @@ from torch import nn
 
 from tritkit import quantize
 from tritkit.formats import format_of
-from tritkit.methods.modules import blocks_of
-from tritkit.methods.recipe import read_recipe
+from tritkit.methods.recipe import LoadedRecipe, QwtOptions, Recipe, Rule, read_recipe
+from tritkit.methods.watch import blocks_of
 from tritkit.stored import StoredLinear
 
 
@@ -161,6 +161,28 @@ class Jumping(Encoder):
         return x
 
 
+class Casting(Block):
+    def forward(self, x, mask=None):
+        y = torch.tanh(self.q(x)) * self.k(x)
+        return x + self.out(y.to(self.out.weight.dtype)), None
+
+
+class CastingEncoder(Encoder):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Casting(32) for _ in range(2))
+
+
+def test_a_module_that_casts_to_the_dtype_of_weights_is_refused():
+    model, x = CastingEncoder().eval(), torch.randn(2, 12, 8)
+    wanted = model(x)["hidden"]
+    with pytest.raises(ValueError, match=r"a stored linear \(32 x 32, dense\) reads floats, not uint8"):
+        quantize(model, "int4_g16", [x])
+    assert torch.equal(model(x)["hidden"], wanted)
+    rest = Recipe(format="int4_g16"), (Rule(match="*.out", format="keep"),)
+    assert len(quantize(model, LoadedRecipe(*rest), [x])["per_linear"]) == 4
+
+
 @pytest.mark.parametrize(
     ("make", "recipe", "options", "sentence"),
     [
@@ -185,3 +207,197 @@ def test_mistakes_get_one_sentence(make, recipe, options, sentence):
 def test_gptq_without_batches_says_so():
     with pytest.raises(ValueError, match="gptq needs calibration data"):
         quantize(Encoder().eval(), read_recipe(None, {"format": "int4_g16", "method": "gptq"}))
+
+
+def llama(use_cache):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=64, max_position_embeddings=32, use_cache=use_cache,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.data *= 8  # attention then is far from uniform
+    return model, [torch.randint(0, 50, (16, 16)) for _ in range(4)]
+
+
+def test_a_decoder_is_calibrated_without_its_cache():
+    """By default transformers hands all blocks a cache, to which each call appends and of which each call reads."""
+    found = []
+    for use_cache in (False, True):
+        model, batches = llama(use_cache)
+        recipe = {"format": "int3_g32", "method": "gptq", "correct": "qwt"}
+        report = quantize(model, read_recipe(None, recipe), batches)
+        with torch.no_grad():
+            found.append((report["adapters"], model(batches[0]).logits))
+    assert found[0][0] == found[1][0]
+    assert any(a["kept"] and a["r2_held_out"] > 0.1 for a in found[0][0].values())
+    assert torch.equal(found[0][1], found[1][1])
+
+
+@torch.no_grad()
+def test_blocks_of_a_decoder_can_be_called_again():
+    from tritkit.methods.watch import Watch
+
+    model, batches = llama(True)
+    blocks, outputs = blocks_of(model), {}
+    for name, block in blocks.items():
+        block.register_forward_hook(lambda m, args, output, name=name: outputs.setdefault(name, output))
+    watch = Watch(blocks, {})
+    model(batches[0])
+    watch.end()
+    state = watch.inputs["model.layers.0"]
+    for name, block in blocks.items():
+        args, kwargs, _ = watch.calls[name]
+        assert kwargs["use_cache"] is False and not any(hasattr(v, "get_seq_length") for v in kwargs.values())
+        for _ in range(3):
+            assert torch.equal(block(state, *args, **kwargs), outputs[name])
+        state = outputs[name]
+
+
+def test_a_filled_cache_is_refused():
+    model, batches = llama(True)
+    with torch.no_grad():
+        filled = model(batches[0]).past_key_values
+    with pytest.raises(ValueError, match=r"layers.0 is called with keys and values of earlier tokens"):
+        quantize(model, "int4_g32", [{"input_ids": batches[0], "past_key_values": filled}])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("inputs", [None, "int8_row"])
+def test_a_module_keeps_its_dtype(dtype, inputs):
+    model, batches = encoder()
+    with torch.no_grad():
+        wanted = model(**batches[0])["hidden"]
+    model = model.to(dtype)
+    batches = [{k: v.to(dtype) for k, v in b.items()} for b in batches]
+    recipe = Recipe(format="int6_g16", inputs=inputs, correct="qwt", qwt=QwtOptions(check=False, finetune=1))
+    report = quantize(model, LoadedRecipe(recipe), batches)
+    assert any(entry["kept"] for entry in report["adapters"].values())
+    with torch.no_grad():
+        found = model(**batches[0])["hidden"]
+    assert found.dtype == dtype
+    assert float((found.float() - wanted).norm() / wanted.norm()) < 0.05
+
+
+def torch_encoder(layers=2, features=32):
+    """Half of its linears are called: nn.MultiheadAttention reads the weights of its own."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(features, 4, 64, batch_first=True)
+    return nn.TransformerEncoder(layer, layers).eval(), [torch.randn(16, 12, features) for _ in range(3)]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("method", [None, "rtn", "gptq"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_linears_that_are_not_called_are_left_alone(method, padded):
+    model, batches = torch_encoder()
+    padding = torch.arange(12) >= torch.tensor([12, 9] * 8)[:, None]
+    some = {"src": batches[0], "src_key_padding_mask": padding if padded else None}
+    given = [{**some, "src": x} for x in batches] if method else []
+    with torch.no_grad():
+        before = model(**some)
+        report = quantize(model, read_recipe(None, {"format": "int4_g16", "method": method or "rtn"}), given)
+        after = model(**some)
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            slow = model(**some)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(True)
+    assert report["left"] == [f"layers.{i}.self_attn.out_proj" for i in range(2)]
+    assert list(report["per_linear"]) == [f"layers.{i}.linear{n}" for i in range(2) for n in (1, 2)]
+    assert all(isinstance(block.linear1, StoredLinear) for block in model.layers)
+    real = ~padding if padded else slice(None)
+    assert torch.allclose(after[real], slow[real], atol=1e-5)
+    assert 0.001 < float((after - before)[real].norm() / before[real].norm()) < 0.3
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x)[0]
+
+
+@pytest.mark.parametrize("batches", [[], [torch.randn(2, 12, 32)]])
+def test_nothing_to_quantise_is_said(batches):
+    model = nn.Sequential(Attention(), Attention()).eval()
+    with pytest.raises(ValueError, match=r"^0\.attention\.out_proj is never called as a module, nor is any other"):
+        quantize(model, "int4_g16", batches)
+
+
+def parts_of(model):
+    """What a module consists of, weights and hooks included."""
+    modules = [(name, m, list(m._forward_hooks), list(m._forward_pre_hooks)) for name, m in model.named_modules()]
+    return modules, [(name, id(p), p.requires_grad) for name, p in model.named_parameters()]
+
+
+def fails_late(number):
+    """A distance that fails at one of its calls."""
+    calls = []
+
+    def distance(wanted, found):
+        calls.append(0)
+        if len(calls) == number:
+            raise ZeroDivisionError("late")
+        return (wanted - found).square().sum()
+
+    return distance
+
+
+@pytest.mark.parametrize("failure", ["weights", "judge", "finetune", "store"])
+def test_a_module_is_what_it_was_after_an_error(failure, monkeypatch):
+    model, batches = torch_encoder(3)
+    if failure == "weights":
+        model.layers[2].linear2.weight.data[3, 4] = float("nan")
+    if failure == "store":
+        made = []
+
+        def store(*args):
+            made.append(0)
+            if len(made) == 4:
+                raise ZeroDivisionError("late")
+            return StoredLinear(*args)
+
+        monkeypatch.setattr("tritkit.methods.modules.StoredLinear", store)
+    distance = fails_late({"judge": 4, "finetune": 8}.get(failure, 0))
+    parts, state = parts_of(model), {k: v.clone() for k, v in model.state_dict().items()}
+    with torch.no_grad():
+        before = model(batches[0])
+    recipe = Recipe(format="int3_g16", inputs="int8_row", correct="qwt", qwt=QwtOptions(check=True, finetune=1))
+    with pytest.raises((ValueError, ZeroDivisionError), match=r"layers\.2\.linear2\.weight|late"):
+        quantize(model, LoadedRecipe(recipe), batches, distance=distance)
+    assert parts_of(model) == parts and model.state_dict().keys() == state.keys()
+    assert all(torch.equal(v.nan_to_num(), state[k].nan_to_num()) for k, v in model.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(model(batches[0]).nan_to_num(), before.nan_to_num())
+    assert model.use_nested_tensor and all(block.activation_relu_or_gelu for block in model.layers)
+
+
+def test_a_single_batch_is_split():
+    """R^2 held out is that of samples which the term was not fitted on, so not of noise that it learnt by heart."""
+    model, _ = encoder()
+    recipe = Recipe(format="int2_g16", correct="qwt", qwt=QwtOptions(check=False, ridge=0.0, held_out=0.5))
+    batch = {"x": torch.randn(6, 6, 8), "mask": torch.rand(6, 6, 1)}
+    halves = [{k: v[:3] for k, v in batch.items()}, {k: v[3:] for k, v in batch.items()}]
+    report = quantize(model, LoadedRecipe(recipe), [batch])
+    wanted = quantize(encoder()[0], LoadedRecipe(recipe), halves)
+    assert report["adapters"] == wanted["adapters"]
+    for entry in report["adapters"].values():
+        assert entry["r2_held_out"] < entry["r2"] - 0.1
+
+
+def test_one_sample_is_too_few():
+    model, _ = encoder()
+    with pytest.raises(ValueError, match=r"qwt needs at least two samples, .* the only batch has 1"):
+        quantize(model, LoadedRecipe(Recipe(format="int4_g16", correct="qwt")), [torch.randn(1, 12, 8)])
+
+
+def test_some_batches_stay_for_fitting():
+    model, batches = encoder()
+    recipe = Recipe(format="int3_g16", correct="qwt", qwt=QwtOptions(held_out=0.99))
+    assert quantize(model, LoadedRecipe(recipe), batches[:2])["adapters"]

@@ -116,6 +116,21 @@ def test_outliers_are_llm_int8s():
     assert np.abs(linear(x).numpy() - exact).max() < 0.2 * np.abs(plain(x).numpy() - exact).max()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("inputs", [None, "int8_row", "int8_row outliers"])
+def test_linears_return_the_dtype_they_read(dtype, inputs):
+    """They compute in float32: the only loss is the rounding of the result."""
+    layout, arrays, _ = quantized("int8_row")
+    name, _, outliers = (inputs or "").partition(" ")
+    quantizer = InputQuantizer(name, outliers=6.0 if outliers else None) if name else None
+    x = random(2, 7, 256).to(dtype)
+    x[0, 3, 5] = -80
+    linear = StoredLinear(layout, arrays, (40, 256), random(40, seed=5).to(dtype), quantizer)
+    assert torch.equal(linear(x), linear(x.float()).to(dtype)) and linear(x).dtype == dtype
+    if quantizer is not None:
+        assert torch.equal(quantizer(x), quantizer(x.float()).to(dtype)) and quantizer(x).dtype == dtype
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -23,7 +23,7 @@ STRIP = 1 << 22  # weights that are floats at once
 
 
 class InputQuantizer(nn.Module):
-    """Rounds activations to a format, float32 [..., i] in and out.
+    """Rounds activations to a format, [..., i] in and out, in their own dtype; the arithmetic is float32.
 
     Dynamic, where there is no ``scale``: every token (``int8_row``, ``a8``), every group of a token (``int8_g32``,
     ``a8_g32``) or the whole batch (``int8_tensor``) gets the grid that its own values ask for. Static: one grid from
@@ -77,7 +77,7 @@ class InputQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The rounded values; where a gradient is wanted it goes straight through."""
-        rounded = self._rounded(x)
+        rounded = self._rounded(x).to(x.dtype)
         if torch.is_grad_enabled() and x.requires_grad:
             return x + (rounded - x).detach()
         return rounded
@@ -141,7 +141,7 @@ class StoredMatrix(nn.Module):
         return [slice(at, min(at + self.strip, self.out_features)) for at in range(0, self.out_features, self.strip)]
 
     def product(self, x: Tensor) -> Tensor:
-        """x W^T, float32 [..., o]."""
+        """x W^T, float32 [..., o] whatever x is."""
         x = x.float()
         y = x.new_empty(*x.shape[:-1], self.out_features)
         for some in self.strips():
@@ -161,9 +161,10 @@ class StoredEmbedding(StoredMatrix):
 
 
 class StoredLinear(StoredMatrix):
-    """y = W x~ + b: ``inputs`` rounds x first (None: it stays float), W is what the bits say.
+    """y = W x~ + b: ``inputs`` rounds x first (None: it stays float), W is what the bits say. Computes in float32,
+    returns x's dtype.
 
-    bias: float32 [o]. With ``inputs.outliers`` the product is LLM.int8()'s: columns of outliers in floats, all others
+    bias: float [o]. With ``inputs.outliers`` the product is LLM.int8()'s: columns of outliers in floats, all others
     as an exact product of int8 codes; the weights then need one scale a row.
     """
 
@@ -187,13 +188,18 @@ class StoredLinear(StoredMatrix):
 
     def forward(self, x: Tensor | Codes) -> Tensor:
         values = x.x if isinstance(x, Codes) else x
+        if not values.is_floating_point():  # T5 of transformers casts to the dtype of ``weight``, which may be bytes
+            raise ValueError(
+                f"a stored linear ({self.extra_repr()}) reads floats, not {str(values.dtype).removeprefix('torch.')}; "
+                "a module that casts to the dtype of its weights cannot call it"
+            )
         if self.inputs is None:
             y = self.product(values)
         elif self.inputs.outliers is None:
-            y = self.product(self.inputs(values))
+            y = self.product(self.inputs(values.float()))
         else:
             y = self._decomposed(values.float(), self.inputs)
-        return y if self.bias is None else y + self.bias
+        return (y if self.bias is None else y + self.bias).to(values.dtype)
 
     def _decomposed(self, x: Tensor, inputs: InputQuantizer) -> Tensor:
         """Float columns of outliers plus the integer product of the rest (arXiv 2208.07339 eq. 8)."""

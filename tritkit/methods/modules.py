@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,13 @@ from torch import Tensor, nn
 from ..progress import progress
 from ..stored import StoredLinear
 from . import rtn
+from .batches import held_out, run, split
 from .blocks import BlockJob, Quantised, is_matrix, parameter_of
 from .finetune import finetune
 from .recipe import LoadedRecipe, Recipe, as_recipe, plans_of
 from .steps import run_block
+from .undo import Snapshot, without_shortcuts
+from .watch import Arguments, Watch, blocks_of, state_of, uncalled, with_state
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 
@@ -45,9 +47,11 @@ def quantize(
     the model (wanted, found), which decides over QwT's terms on the last batches (none: KL for outputs with ``logits``,
     else the relative squared error).
 
-    The report has "per_linear" (records by name), "adapters" (QwT's terms by block), "bits_per_weight", "bytes",
-    "seconds". Linears then run in their own bits; convolutions keep float weights on the grid. ValueError as for
-    folders, and for blocks that do not follow each other.
+    The report has "per_linear" (records by name), "left" (names of linears that stay floats because the model reads
+    their weights without calling them, as nn.MultiheadAttention does), "adapters" (QwT's terms by block),
+    "bits_per_weight", "bytes", "seconds". Linears then run in their own bits and return the dtype they read;
+    convolutions keep float weights on the grid. ValueError as for folders, and for blocks that do not follow each
+    other; the module then is what it was, for which its float weights stay in memory until the end.
     """
     loaded = as_recipe(recipe)
     if not isinstance(model, nn.Module):
@@ -60,34 +64,6 @@ def quantize(
         unknown = next(iter(options), "out")
         raise ValueError(f"{unknown} is an option for model folders, but this is a {type(model).__name__}")
     return _Modules(model, loaded, batches, blocks, distance).run()
-
-
-def blocks_of(model: nn.Module, named: str | Sequence[str] | None = None) -> dict[str, nn.Module]:
-    """The blocks by name, in their order. Unnamed: of the classes with at least two instances that are no matrices
-    themselves, the one whose instances hold the most weights; of equals the outermost."""
-    modules = dict(model.named_modules())
-    if isinstance(named, str):
-        if named not in modules or not isinstance(modules[named], nn.ModuleList | nn.Sequential):
-            raise ValueError(f"{type(model).__name__} has no list of blocks named {named!r}")
-        return {f"{named}.{child}": block for child, block in modules[named].named_children()}
-    if named is not None:
-        missing = next((name for name in named if name not in modules), None)
-        if missing is not None:
-            raise ValueError(f"{type(model).__name__} has no block named {missing!r}")
-        return {name: modules[name] for name in named}
-    best: dict[str, nn.Module] = {}
-    most = 0
-    for kind in dict.fromkeys(type(m) for m in modules.values()):
-        if kind in (nn.ModuleList, nn.Sequential, nn.ModuleDict):
-            continue
-        group = {n: m for n, m in modules.items() if type(m) is kind and not is_matrix(m)}
-        weights = sum(parameter_of(m).numel() for g in group.values() for m in g.modules() if is_matrix(m))
-        nested = any(a != b and b.startswith(f"{a}.") for a in group for b in group)
-        if len(group) > 1 and not nested and weights > most:
-            best, most = group, weights
-    if not best:
-        raise ValueError(f"{type(model).__name__} has no repeated blocks with weights; name them with blocks=")
-    return best
 
 
 class _Modules:
@@ -116,18 +92,32 @@ class _Modules:
             for block, module in self.blocks.items()
         }
         self.plans = plans_of(loaded, [name for group in self.linears.values() for name in group])
-        self._require_fit()
-        held = max(round(len(batches) * recipe.qwt.held_out), 1) if recipe.correct and len(batches) > 1 else 0
         self.batches = list(batches)
-        self.fitted = len(self.batches) - held
+        self.fitted = len(self.batches)
+        if recipe.correct and self.batches:
+            if len(self.batches) == 1:
+                self.batches = list(split(self.batches[0], recipe.qwt.held_out))
+            self.fitted = len(self.batches) - held_out(len(self.batches), recipe.qwt.held_out)
         self.distance = distance
-        self.calls: list[dict[str, tuple[tuple, dict[str, Any]]]] = []  # of each batch: what a block is called with
+        self.calls: list[dict[str, Arguments]] = []  # of each batch: what a block is called with
+        self.called: set[str] = set()
 
-    @torch.no_grad()
     def run(self) -> dict[str, Any]:
+        before = Snapshot(self.model)
+        try:
+            without_shortcuts(self.model)
+            with torch.no_grad():
+                return self._run()
+        except BaseException:
+            before.restore()
+            raise
+
+    def _run(self) -> dict[str, Any]:
         began = time.perf_counter()
         first = next(iter(self.blocks))
         states, wanted = self._capture(first)
+        left = self._leave()
+        self._require_fit()
         inputs, held = states[: self.fitted], states[self.fitted :]
         records: dict[str, dict[str, Any]] = {}
         adapters: dict[str, dict[str, Any]] = {}
@@ -146,6 +136,8 @@ class _Modules:
                 advance()
         for name, found in done.items():
             self._store(name, found)
+        for batch in self.batches[:1]:
+            run(self.model, batch)  # what cannot run on stored linears says so while it can still be put back
         kept = [self.blocks[name].get_submodule("adapter") for name, entry in adapters.items() if entry["kept"]]
         tuned = self._finetune(kept, wanted) if self.recipe.qwt.finetune and kept and held else None
         weights = sum(q.weight.codes.numel() for q in done.values() if q.weight is not None)
@@ -153,6 +145,7 @@ class _Modules:
         added = sum(a.get("bytes", 0) for a in adapters.values())
         return {
             "per_linear": records,
+            "left": left,
             "adapters": adapters,
             "finetune": tuned,
             "bytes": size + added,
@@ -160,6 +153,19 @@ class _Modules:
             "bits_per_weight": 8 * (size + added) / max(weights, 1),
             "seconds": time.perf_counter() - began,
         }
+
+    def _leave(self) -> list[str]:
+        """Take the linears that are never called out of the plan, since nothing of ours would run in their place;
+        their names."""
+        known = uncalled(self.model)
+        wanted = [name for name, plan in self.plans.items() if plan.format or plan.inputs]
+        left = [n for n in wanted if (n not in self.called if self.batches else n in known)]
+        if left and len(left) == len(wanted):
+            raise ValueError(f"{left[0]} is never called as a module, nor is any other linear that is to be quantised")
+        for group in self.linears.values():
+            for name in set(left) & set(group):
+                del group[name], self.plans[name]
+        return left
 
     def _require_fit(self) -> None:
         for name, plan in self.plans.items():
@@ -171,24 +177,20 @@ class _Modules:
                     "choose a group size that divides them"
                 )
 
-    def _forward(self, batch: Any) -> Any:
-        if isinstance(batch, Mapping):
-            return self.model(**batch)
-        return self.model(*batch) if isinstance(batch, tuple | list) else self.model(batch)
-
     def _capture(self, first: str) -> tuple[list[Tensor], list[Tensor]]:
         """What the first block reads of each batch, and the float model's outputs for the held-out ones. Remembers
         with what else each block is called."""
         states: list[Tensor] = []
         wanted: list[Tensor] = []
         for number, batch in enumerate(self.batches):
-            watch = _Watch(self.blocks)
+            watch = Watch(self.blocks, {n: m for group in self.linears.values() for n, m in group.items()})
             try:
-                output = self._forward(batch)
+                output = run(self.model, batch)
             finally:
                 watch.end()
             states.append(watch.inputs[first])
             self.calls.append(watch.calls)
+            self.called |= watch.called
             if number >= self.fitted or self.recipe.qwt.finetune:
                 wanted.append(_result(output))
         self.teacher = wanted[: len(wanted) - (len(self.batches) - self.fitted)]
@@ -196,8 +198,8 @@ class _Modules:
 
     def _call_of(self, name: str):
         def call(block: nn.Module, number: int, x: Tensor) -> Tensor:
-            args, kwargs = self.calls[number][name]
-            return _tensor(block(x, *args, **kwargs))
+            args, kwargs, dtype = self.calls[number][name]
+            return state_of(block(x.to(dtype), *args, **kwargs))
 
         return call
 
@@ -207,7 +209,7 @@ class _Modules:
         def judge(states: list[Tensor]) -> float:
             total = 0.0
             for i, (state, reference) in enumerate(zip(states, wanted, strict=True)):
-                replace = block.register_forward_hook(lambda m, args, output, state=state: _with(output, state))
+                replace = block.register_forward_hook(lambda m, args, output, state=state: with_state(output, state))
                 try:
                     total += float(self._measure(self.fitted + i, reference))
                 finally:
@@ -218,7 +220,7 @@ class _Modules:
 
     def _measure(self, number: int, wanted: Tensor) -> Tensor:
         """The distance of the model's output for a batch, as the model is now."""
-        output = self._forward(self.batches[number])
+        output = run(self.model, self.batches[number])
         measure = self.distance or (_divergence if hasattr(output, "logits") else _squared_error)
         return measure(wanted, _result(output))
 
@@ -255,50 +257,9 @@ class _Modules:
         setattr(self.model.get_submodule(parent), child, stored)
 
 
-class _Watch:
-    """Looks on while the model runs once. inputs: of each block; calls: its other arguments."""
-
-    def __init__(self, blocks: Mapping[str, nn.Module]):
-        self.inputs: dict[str, Tensor] = {}
-        self.calls: dict[str, tuple[tuple, dict[str, Any]]] = {}
-        self.before: Tensor | None = None
-        self.handles: list[Any] = []
-        for name, block in blocks.items():
-            self.handles.append(block.register_forward_pre_hook(partial(self._enter, name), with_kwargs=True))
-            self.handles.append(block.register_forward_hook(self._leave))
-
-    def _enter(self, name: str, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if not args:
-            raise ValueError(f"{name} is called by keywords alone; its input has to be the first argument")
-        if name in self.calls:
-            raise ValueError(f"{name} is called twice, so the blocks are not in sequence")
-        follows = self.before is None or (self.before.shape == args[0].shape and torch.equal(self.before, args[0]))
-        if not follows:
-            raise ValueError(f"{name} does not read what the block before it makes: these blocks are not in sequence")
-        if not self.inputs:
-            self.inputs[name] = args[0].detach()
-        self.calls[name] = args[1:], kwargs
-
-    def _leave(self, block: nn.Module, args: tuple, output: Any) -> None:
-        self.before = _tensor(output).detach()
-
-    def end(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-
 def _compensate(block: nn.Module, args: tuple, output: Any) -> Any:
     adapter = block.get_submodule("adapter")
-    return _with(output, _tensor(output) + adapter(args[0]))
-
-
-def _tensor(output: Any) -> Tensor:
-    """The hidden state of what a block returns."""
-    return output if isinstance(output, Tensor) else output[0]
-
-
-def _with(output: Any, state: Tensor) -> Any:
-    return state if isinstance(output, Tensor) else (state, *output[1:])
+    return with_state(output, state_of(output) + adapter(args[0]))
 
 
 def _result(output: Any) -> Tensor:
@@ -307,7 +268,7 @@ def _result(output: Any) -> Tensor:
         return output.logits
     if isinstance(output, Mapping):
         return next(v for v in output.values() if isinstance(v, Tensor))
-    return _tensor(output)
+    return state_of(output)
 
 
 def _divergence(wanted: Tensor, found: Tensor) -> Tensor:
@@ -317,4 +278,4 @@ def _divergence(wanted: Tensor, found: Tensor) -> Tensor:
 
 
 def _squared_error(wanted: Tensor, found: Tensor) -> Tensor:
-    return (wanted - found).double().square().sum() / wanted.double().square().sum().clamp(min=1e-30)
+    return (wanted.double() - found.double()).square().sum() / wanted.double().square().sum().clamp(min=1e-30)

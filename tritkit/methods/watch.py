@@ -1,0 +1,116 @@
+"""Which modules of a model are its blocks, and looking on while the model runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import is_matrix, parameter_of
+
+# What a block is called with beside its input, and the dtype of that.
+Arguments = tuple[tuple, dict[str, Any], torch.dtype]
+
+CACHES = ("past_key_value", "past_key_values", "layer_past", "cache_params")  # transformers' names for them
+
+
+def blocks_of(model: nn.Module, named: str | Sequence[str] | None = None) -> dict[str, nn.Module]:
+    """The blocks by name, in their order. Unnamed: of the classes with at least two instances that are no matrices
+    themselves, the one whose instances hold the most weights; of equals the outermost."""
+    modules = dict(model.named_modules())
+    if isinstance(named, str):
+        if named not in modules or not isinstance(modules[named], nn.ModuleList | nn.Sequential):
+            raise ValueError(f"{type(model).__name__} has no list of blocks named {named!r}")
+        return {f"{named}.{child}": block for child, block in modules[named].named_children()}
+    if named is not None:
+        missing = next((name for name in named if name not in modules), None)
+        if missing is not None:
+            raise ValueError(f"{type(model).__name__} has no block named {missing!r}")
+        return {name: modules[name] for name in named}
+    best: dict[str, nn.Module] = {}
+    most = 0
+    for kind in dict.fromkeys(type(m) for m in modules.values()):
+        if kind in (nn.ModuleList, nn.Sequential, nn.ModuleDict):
+            continue
+        group = {n: m for n, m in modules.items() if type(m) is kind and not is_matrix(m)}
+        weights = sum(parameter_of(m).numel() for g in group.values() for m in g.modules() if is_matrix(m))
+        nested = any(a != b and b.startswith(f"{a}.") for a in group for b in group)
+        if len(group) > 1 and not nested and weights > most:
+            best, most = group, weights
+    if not best:
+        raise ValueError(f"{type(model).__name__} has no repeated blocks with weights; name them with blocks=")
+    return best
+
+
+def uncalled(model: nn.Module) -> set[str]:
+    """Names of the linears of which it is known that their weights are read without the module being called."""
+    attentions = {name: m for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)}
+    return {f"{name}.{child}" for name, m in attentions.items() for child, _ in m.named_children()}
+
+
+class Watch:
+    """Looks on while the model runs once. inputs: of the first block; calls: what else each block is given; called:
+    which of the linears are. ValueError where the blocks are not in sequence."""
+
+    def __init__(self, blocks: Mapping[str, nn.Module], linears: Mapping[str, nn.Module]):
+        self.inputs: dict[str, Tensor] = {}
+        self.calls: dict[str, Arguments] = {}
+        self.called: set[str] = set()
+        self.before: Tensor | None = None
+        self.handles: list[Any] = []
+        for name, block in blocks.items():
+            self.handles.append(block.register_forward_pre_hook(partial(self._enter, name), with_kwargs=True))
+            self.handles.append(block.register_forward_hook(self._leave))
+        for name, linear in linears.items():
+            self.handles.append(linear.register_forward_pre_hook(partial(self._note, name)))
+
+    def _enter(self, name: str, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not args:
+            raise ValueError(f"{name} is called by keywords alone; its input has to be the first argument")
+        if name in self.calls:
+            raise ValueError(f"{name} is called twice, so the blocks are not in sequence")
+        follows = self.before is None or (self.before.shape == args[0].shape and torch.equal(self.before, args[0]))
+        if not follows:
+            raise ValueError(f"{name} does not read what the block before it makes: these blocks are not in sequence")
+        if not self.inputs:
+            self.inputs[name] = args[0].detach()
+            if any(is_cache(v) and v.get_seq_length() for v in (*args[1:], *kwargs.values())):
+                raise ValueError(f"{name} is called with keys and values of earlier tokens; give whole sequences")
+        self.calls[name] = (*without_caches(args[1:], kwargs), args[0].dtype)
+
+    def _leave(self, block: nn.Module, args: tuple, output: Any) -> None:
+        self.before = state_of(output).detach()
+
+    def _note(self, name: str, linear: nn.Module, args: tuple) -> None:
+        self.called.add(name)
+
+    def end(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def is_cache(value: Any) -> bool:
+    """Whether it is one of transformers' caches of keys and values."""
+    return hasattr(value, "get_seq_length")
+
+
+def without_caches(args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The arguments for calling a block again: a cache would grow each time, and old keys and values would be read."""
+    kept = {k: None if k in CACHES or is_cache(v) else v for k, v in kwargs.items()}
+    if "use_cache" in kept:
+        kept["use_cache"] = False
+    return tuple(None if is_cache(v) else v for v in args), kept
+
+
+def state_of(output: Any) -> Tensor:
+    """The hidden state of what a block returns."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def with_state(output: Any, state: Tensor) -> Any:
+    """The same with another hidden state, which gets the dtype of the one before."""
+    state = state.to(state_of(output).dtype)
+    return state if isinstance(output, Tensor) else (state, *output[1:])
