@@ -58,7 +58,7 @@ def test_a_budget_below_the_smallest_is_refused():
 
 def test_the_measure_is_the_divergence_to_second_order(tmp_path):
     """For one linear at a time: what an option is said to add, and what it adds."""
-    from test_quantizer import a_folder
+    from float_folder import a_folder
 
     from tritkit.checkpoint import open_folder
     from tritkit.formats import format_of

@@ -1,5 +1,6 @@
 """Recipes: what they mean, and one clear sentence for each that means nothing."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -91,10 +92,25 @@ def test_llm_int8():
         ("format = ", "is not a TOML file"),
         ("[budget]\nbits = 0.5", "budget.bits is 0.5, expected 1 to 16"),
         ('format = "int4_g64"\nrule = 3', r"\[\[rule\]\]"),
+        ('format = "int4_g64"\nmix = "q4_k_m"\nrange = "mse"', "leave one out"),
+        ('mix = "q4_k_m"\nrange = "mse"', "range is 'mse', but the types of the mix q4_k_m have grids of their own"),
+        ('format = "int4_g64"\n[budget]\nbits = 4', "both the format int4_g64 and budget.bits (4)"),
+        ("[budget]\nbits = 4\noptions = []", "budget.options is empty"),
+        ('[budget]\nbits = 4\noptions = ["keep"]', "there is no format 'keep'"),
+        ("[budget]\nbits = nan", "budget.bits is nan, expected 1 to 16"),
+        ('format = "int4_g64"\n[qwt]\nridge = -0.1', "qwt.ridge is -0.1, expected 0 or more"),
+        ('format = "int4_g64"\n[qwt]\nfinetune = -1', "qwt.finetune is -1, expected 0 or more epochs"),
+        ('format = "int4_g64"\n[qwt]\nrate = 0.0', "qwt.rate is 0, expected a number above 0"),
+        ('format = "int4_g64"\n[awq]\nsteps = 0', "awq.steps is 0, expected at least 1"),
+        ('format = "int4_g64"\n[smoothquant]\nalpha = 1.5', "smoothquant.alpha is 1.5, expected 0 to 1"),
+        ('format = "int4_g64"\noutlier_threshold = -6.0', "outlier_threshold is -6, expected a number above 0"),
+        ('format = "int4_g64"\ninputs = "nf4"', "inputs cannot be 'nf4'; known are a8"),
+        ('format = "int8_row"\ninputs = "int8_g64+outliers"', "outliers stay apart from codes with one scale a token"),
+        ('format = "int8_row"\ninputs_range = "mse"', "inputs_range is 'mse', but inputs names no format"),
     ],
 )
 def test_mistakes_get_one_sentence(tmp_path, text, sentence):
-    with pytest.raises(ValueError, match=sentence.replace("?", r"\?") if "[" not in sentence else sentence) as caught:
+    with pytest.raises(ValueError, match=sentence if "[" in sentence else re.escape(sentence)) as caught:
         read_recipe(write(tmp_path, text))
     assert "\n" not in str(caught.value)
 
@@ -103,12 +119,37 @@ def test_mistakes_get_one_sentence(tmp_path, text, sentence):
     ("settings", "sentence"),
     [
         ({"format": "int4_g64", "method": "search"}, "the method search is for the formats of ggml, not for int4_g64"),
-        ({"format": "int4_g64", "inputs_range": "mse"}, "inputs_range is 'mse', but inputs names no format"),
+        ({"format": "nf4", "range": "mse"}, "range is 'mse', but nf4 has a grid of its own"),
+        ({"format": "q4_k", "range": "mse"}, "range is 'mse', but q4_k has a grid of its own"),
+        ({"format": "ternary", "range": "absmax"}, "range is 'absmax', but ternary has a grid of its own"),
+        (
+            {"format": "int4_row_asym", "range": "entropy"},
+            "'entropy', which is for symmetric formats, but int4_row_asym",
+        ),
+        ({"inputs": "int8_row", "inputs_range": "mse"}, "inputs in int8_row have one for each; name int8_tensor"),
+        ({"inputs": "int8_tensor_asym", "inputs_range": "entropy"}, "for symmetric formats, but int8_tensor_asym is"),
+        ({"format": "int8_row_asym", "inputs": "int8_row+outliers"}, "need symmetric weights with one scale a row"),
+        ({"format": "int4_g64", "inputs": "int8_row+outliers"}, "such as int8_row, not int4_g64"),
+        ({"format": "q8_0", "inputs": "int8_row+outliers"}, "such as int8_row, not q8_0"),
     ],
 )
 def test_settings_that_do_not_go_together(settings, sentence):
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        settings = {"format": "int8_row", **settings}
         plans_of(read_recipe(None, settings), NAMES)
+
+
+def test_what_is_kept_keeps_its_inputs_too(tmp_path):
+    loaded = read_recipe(write(tmp_path, """
+        format = "int8_row"
+        inputs = "int8_tensor"
+        [[rule]]
+        match = "*.down_proj"
+        format = "keep"
+    """))  # fmt: skip
+    plans = plans_of(loaded, NAMES)
+    assert plans["model.layers.1.mlp.down_proj"] == Plan(None)
+    assert plans["model.layers.1.mlp.up_proj"].inputs == "int8_tensor"
 
 
 def test_a_rule_that_matches_nothing(tmp_path):

@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import ModelFolder, linear_names, matrix_shape
-from ..formats import Format, format_of
+from ..inputs import input_format
 from ..progress import progress
 from .blocks import matrix_of
 from .calibration import Calibration
-from .recipe import LoadedRecipe, Plan, Rule, is_ggml
+from .layerwise import layout_of
+from .recipe import LoadedRecipe, Plan, Rule, Settings, plan_of, settings_of
+from .recipe_check import KEEP
 from .rtn import packed
 from .stats import InputStats
 from .stream import DecoderStream
@@ -41,13 +43,36 @@ class Option:
 
 
 def rules_for(model: ModelFolder, loaded: LoadedRecipe, data: Calibration) -> list[Rule]:
-    """A rule for each linear, so that all of them together stay within the recipe's budget of bits a weight."""
+    """A rule for each linear that the recipe's rules name no format for, so that all linears together, and what is
+    stored beside them, stay within the recipe's budget of bits a weight. ValueError where that cannot be."""
     bits = loaded.recipe.budget.bits
     assert bits is not None
+    settings = settings_of(loaded, linear_names(model.config))
+    shapes = [matrix_shape(model.config, name) for name in settings]
+    budget, taken = int(bits * sum(rows * columns for rows, columns in shapes) / 8), beside_bytes(model, loaded)
+    said = f"of the {budget:,} bytes of the budget, compensation and grids of inputs take {taken:,}"
+    if taken >= budget:
+        raise ValueError(f"{said}, which leaves nothing for the weights; give more bits, or leave out correct")
     options = measure(model, loaded, data)
-    weights = sum(rows * columns for rows, columns in (matrix_shape(model.config, name) for name in options))
-    chosen = choose(options, int(bits * weights / 8))
-    return [Rule(match=name, format=option.format) for name, option in chosen.items()]
+    try:
+        chosen = choose(options, budget - taken)
+    except ValueError as error:
+        raise ValueError(f"{said}: {error}" if taken else str(error)) from None
+    free = [name for name, values in settings.items() if values["format"] is None]
+    return [Rule(match=name, format=chosen[name].format) for name in free]
+
+
+def beside_bytes(model: ModelFolder, loaded: LoadedRecipe) -> int:
+    """Of the terms of QwT, as if all were kept (float16 [hidden, hidden], float32 [hidden] a layer), and of the static
+    grids of inputs (a float32 scale, and a zero where they are asymmetric)."""
+    hidden, total = model.config.hidden_size, 0
+    if loaded.recipe.correct == "qwt":
+        total += model.config.num_hidden_layers * (2 * hidden * hidden + 4 * hidden)
+    for values in settings_of(loaded, linear_names(model.config)).values():
+        inputs = None if values["inputs"] is None else input_format(values["inputs"])
+        if inputs is not None and inputs.is_static:
+            total += 8 if inputs.is_asymmetric else 4
+    return total
 
 
 def choose(options: Mapping[str, list[Option]], budget: int) -> dict[str, Option]:
@@ -102,10 +127,11 @@ def _gain(points: list[Option], at: int) -> float:
 
 
 def measure(model: ModelFolder, loaded: LoadedRecipe, data: Calibration) -> dict[str, list[Option]]:
-    """The options of every linear of the layers, measured on the float model."""
+    """The options of every linear of the layers, measured on the float model; one that a rule gives a format has no
+    other."""
     stream = DecoderStream(model)
     tokens = data.fit[:SEQUENCES, :TOKENS]
-    formats = [format_of(name) for name in loaded.recipe.budget.options]
+    settings = settings_of(loaded, linear_names(model.config))
     layers = model.config.num_hidden_layers
     found: dict[str, list[Option]] = {}
     with progress(f"sensitivity of {model.path.name}", 2 * layers, "layers") as advance:
@@ -116,7 +142,7 @@ def measure(model: ModelFolder, loaded: LoadedRecipe, data: Calibration) -> dict
                 advance()
         gradient = _drawn_gradient(stream, states.pop())
         for number in reversed(range(layers)):
-            gradient, options = _layer(model, stream, loaded, number, states.pop(), gradient, formats)
+            gradient, options = _layer(model, stream, loaded, number, states.pop(), gradient, settings)
             found |= options
             advance()
     return {name: found[name] for name in linear_names(model.config)}
@@ -140,7 +166,7 @@ def _layer(
     number: int,
     x: Tensor,
     gradient: Tensor,
-    formats: list[Format],
+    settings: Mapping[str, Settings],
 ) -> tuple[Tensor, dict[str, list[Option]]]:
     """Options of one layer's linears, and the gradient at its input."""
     at = f"model.layers.{number}."
@@ -165,10 +191,16 @@ def _layer(
             inputs, outward = (t.flatten(0, -2).float() for t in seen[name])
             stats = InputStats(inputs.shape[1])
             stats.update(inputs)
+            given = settings[name]
+            names = [given["format"]] if given["format"] is not None else loaded.recipe.budget.options
+            if names == [KEEP]:
+                found[name] = [Option(KEEP, stored_bytes(model, name), 0.0)]
+                continue
+            plans = [plan_of({**given, "format": format}) for format in names]
             found[name] = [
-                _option(name, matrix_of(module), format, loaded, stats, inputs, outward)
-                for format in formats
-                if not (format.block and inputs.shape[1] % format.block)
+                _option(matrix_of(module), plan, loaded, stats, inputs, outward)
+                for plan in plans
+                if plan.format is not None and not (plan.format.block and inputs.shape[1] % plan.format.block)
             ]
             if not found[name]:
                 raise ValueError(f"none of the formats of budget.options divides a row of {name}, {inputs.shape[1]}")
@@ -176,14 +208,17 @@ def _layer(
     return x.grad, found
 
 
-def _option(
-    name: str, w: Tensor, format: Format, loaded: LoadedRecipe, stats: InputStats, inputs: Tensor, outward: Tensor
-) -> Option:
+def stored_bytes(model: ModelFolder, name: str) -> int:
+    """What a linear takes as it is."""
+    own = (key for key in model.tensors if key.rpartition(".")[0] == name and not key.endswith(".bias"))
+    return sum(model.tensors[key].array.nbytes for key in own)
+
+
+def _option(w: Tensor, plan: Plan, loaded: LoadedRecipe, stats: InputStats, inputs: Tensor, outward: Tensor) -> Option:
     from . import METHODS
 
-    method = loaded.recipe.method or ("search" if is_ggml(format) else "rtn")
-    if method == "search" and not is_ggml(format):
-        method = "rtn"
-    weight = METHODS[method](w, Plan(format, method, loaded.recipe.range), stats, loaded.recipe)
+    assert plan.format is not None
+    weight = METHODS[plan.method](w, plan, stats, loaded.recipe)
     change = ((inputs @ (weight.dequantize() - w).t()) * outward).sum(-1)  # g_t . D x_t
-    return Option(format.name, packed(weight).nbytes, 0.5 * float(change.double().square().mean()))
+    size = packed(weight, layout_of(plan)).nbytes
+    return Option(plan.format.name, size, 0.5 * float(change.double().square().mean()))

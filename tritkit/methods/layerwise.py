@@ -252,7 +252,7 @@ class Layerwise:
                 tensors[f"{at}.weight"] = StoredTensor("F16", adapter.weight.detach().numpy())
                 tensors[f"{at}.bias"] = StoredTensor("F32", adapter.bias.detach().numpy())
             self.partial.keep("finetuned", tensors, {})
-        return report
+        return {name.replace("divergence", "nll"): value for name, value in report.items()}
 
     def _input_quantizer(self, plan: Plan, name: str, tensors: TensorFile) -> InputQuantizer | None:
         format = plan.input_format

@@ -38,8 +38,9 @@ def stored(array: np.ndarray) -> StoredTensor:
 class Partial:
     """One part for each layer ("0", "1", ...), and for the embedding and head. A part is there when its .json is."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, is_new: bool = False):
+        """is_new: nothing of an earlier run is in it."""
+        self.folder, self.is_new = folder, is_new
 
     @classmethod
     def begin(
@@ -52,12 +53,13 @@ class Partial:
         facts = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
         job = [facts, loaded.text(), None if data is None else data.digest(), __version__, *more]
         digest = hashlib.sha256(json.dumps(job).encode()).hexdigest()
-        if not (folder / "job.json").is_file() or read_object(folder / "job.json").get("digest") != digest:
+        is_new = not (folder / "job.json").is_file() or read_object(folder / "job.json").get("digest") != digest
+        if is_new:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             with atomic_open(folder / "job.json") as file:
                 json.dump({"digest": digest}, file)
-        return cls(folder)
+        return cls(folder, is_new)
 
     def keep(self, part: str, tensors: dict[str, StoredTensor], records: dict[str, Any]) -> None:
         write_tensors(self.folder / f"{part}.safetensors", tensors, {})

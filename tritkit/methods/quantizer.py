@@ -7,8 +7,9 @@ was stopped goes on at the layer it was in.
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +30,25 @@ from ..checkpoint import (
 )
 from ..files import atomic_open
 from ..folderfacts import describe
-from ..layouts import LAYOUTS
-from ..newfolder import beside, require_new
+from ..newfolder import beside, require_finite, require_new
 from ..progress import console
 from ..sources import open_model
 from ..tensorfile import StoredTensor
-from . import NEED_INPUTS
 from .calibration import Calibration, read_calibration
 from .collect import collect_importance
 from .importance import read_importance
 from .layerwise import Layerwise, layout_of
 from .partial import Partial
-from .recipe import KEEP, LoadedRecipe, Plan, Recipe, as_recipe, plan_of, plans_of
+from .planning import (
+    all_plans,
+    needs_inputs,
+    require_fit,
+    require_plain,
+    require_weighed,
+    warnings_of,
+    what_needs,
+)
+from .recipe import LoadedRecipe, Plan, Recipe, as_recipe
 
 
 def quantize_folder(
@@ -69,12 +77,11 @@ def quantize_folder(
     out = Path(out)
     model = open_model(source)
     require_new(out, overwrite, model.path)
-    if model.config.weights is not None:
-        raise ValueError(
-            f"{source} is a {model.config.weights} model already; `tritkit pack` rounds its weights as they were "
-            "trained"
-        )
-    plans = all_plans(model, loaded, bool(calibration) or imatrix is not None)
+    require_plain(model)
+    plans = all_plans(model, loaded, False)  # what they need does not depend on importance, which is not known yet
+    require_fit(model, plans)
+    if imatrix is not None:
+        require_weighed(loaded, plans, imatrix)
     needs = next((n for n, p in plans.items() if needs_inputs(p, loaded)), None)
     collects = imatrix is not None and not Path(imatrix).exists()
     if calibration is None:
@@ -85,6 +92,8 @@ def quantize_folder(
         raise ValueError(f"there is no importance matrix {imatrix}; to measure one, give text with --calibration")
     if needs and not calibration:
         raise ValueError(f"{what_needs(plans[needs], loaded)} needs calibration data; give text with --calibration")
+    for name, tensor in model.tensors.items():  # reads every byte: what can be refused without that has been
+        require_finite(model, name, tensor)
     data = None
     if calibration and (needs or collects or measure_inputs):
         held = max(round(sequences * loaded.recipe.qwt.held_out), 1) if loaded.recipe.correct else 0
@@ -95,32 +104,31 @@ def quantize_folder(
         from .allocate import rules_for
 
         assert data is not None
-        loaded = loaded.with_rules(rules_for(model, loaded, data))
-        plans = all_plans(model, loaded, True)
-    require_fit(model, plans)
-    for warning in warnings_of(plans):
+        loaded = loaded.over(rules_for(model, loaded, data))
+    plans = all_plans(model, loaded, data is not None or imatrix is not None)
+    for warning in warnings_of(model, plans):
         console().print(f"warning: {warning}", style="yellow", soft_wrap=True)
     weights = {} if imatrix is None else importance_of(model, Path(imatrix), data)
-    partial = Partial.begin(out, model, loaded, data, *(str(float(w.double().sum())) for w in weights.values()))
-    quantizer = Layerwise(model, loaded, plans, data, partial, weights)
-    quantizer.run()
-    if loaded.recipe.correct and loaded.recipe.qwt.finetune:
-        quantizer.finetune()
-    metrics = _write(model, out, loaded, given.digest(), plans, quantizer, calibration, began)
-    quantizer.partial.remove()
+    partial = Partial.begin(out, model, loaded, data, _digest(weights))
+    try:
+        quantizer = Layerwise(model, loaded, plans, data, partial, weights)
+        quantizer.run()
+        tuned = quantizer.finetune() if loaded.recipe.correct and loaded.recipe.qwt.finetune else None
+        metrics = _write(model, out, loaded, given.digest(), plans, quantizer, calibration, tuned, began)
+    except ValueError:  # will not go better another time, so there is nothing to go on with
+        if partial.is_new:
+            partial.remove()
+        raise
+    partial.remove()
     return metrics
 
 
-def warnings_of(plans: dict[str, Plan]) -> list[str]:
-    """What a user should know before the work begins, a sentence each."""
-    names = {plan.format.name for plan in plans.values() if plan.format is not None}
-    found = []
-    for name in sorted(names & {"ternary", "binary", "tq1_0", "tq2_0"}):
-        found.append(
-            f"{name} weights that are rounded after training lose nearly all that a model has learnt, whatever the "
-            "method; models of such weights have to be trained with them: see tritkit train"
-        )
-    return found
+def _digest(weights: Mapping[str, torch.Tensor]) -> str:
+    """What tells one importance of the columns from another."""
+    found = hashlib.sha256()
+    for name, values in weights.items():
+        found.update(f"{name} {values.dtype} ".encode() + values.numpy().tobytes())
+    return found.hexdigest()
 
 
 def bundled_text() -> Path:
@@ -149,64 +157,6 @@ def importance_of(model: ModelFolder, path: Path, data: Calibration | None) -> d
     return weights
 
 
-def all_plans(model: ModelFolder, loaded: LoadedRecipe, has_calibration: bool) -> dict[str, Plan]:
-    """The plan of each matrix that changes: linears, embedding, head."""
-    recipe, linears = loaded.recipe, linear_names(model.config)
-    if recipe.mix is not None:
-        from .mixes import mix_types
-
-        types = mix_types(model.config, recipe.mix, has_calibration and recipe.importance)
-        empty: dict[str, str | None] = {"method": recipe.method, "range": None, "inputs": None, "inputs_range": None}
-        floats = ("f32", "f16", "bf16")
-        found = {n: plan_of({**empty, "format": KEEP if t in floats else t}) for n, t in types.items()}
-        if loaded.rules:
-            overridden = plans_of(loaded, linears)
-            found |= {n: p for n, p in overridden.items() if p.format is not None}
-        return found
-    found = plans_of(loaded, linears)
-    for name, format in ((EMBEDDING, recipe.embedding), (HEAD, recipe.head)):
-        if format is not None and format != KEEP:
-            if name not in matrix_names(model.config):
-                raise ValueError(f"the recipe has a format for the head, but {model.path} has none of its own: it is "
-                                 "the embedding")  # fmt: skip
-            found[name] = plan_of(
-                {"format": format, "method": None, "range": None, "inputs": None, "inputs_range": None}
-            )
-    return found
-
-
-def needs_inputs(plan: Plan, loaded: LoadedRecipe) -> bool:
-    return (plan.method in NEED_INPUTS and plan.format is not None) or bool(
-        plan.inputs_range or loaded.recipe.correct or loaded.recipe.transform or loaded.recipe.budget.bits is not None
-    )
-
-
-def what_needs(plan: Plan, loaded: LoadedRecipe) -> str:
-    recipe = loaded.recipe
-    if plan.method in NEED_INPUTS and plan.format is not None:
-        return f"the method {plan.method}"
-    if recipe.correct or recipe.transform:
-        return str(recipe.correct or recipe.transform)
-    return "a static range of inputs" if plan.inputs_range else "a budget of bits"
-
-
-def require_fit(model: ModelFolder, plans: dict[str, Plan]) -> None:
-    """ValueError, before any work, for a format whose groups do not divide a row, or that no layout holds."""
-    for name, plan in plans.items():
-        for format in (plan.format, plan.input_format):
-            if format is None:
-                continue
-            columns = matrix_shape(model.config, name)[1]
-            size = format.block or (format.group if isinstance(format.group, int) else 0)
-            if size and columns % size:
-                raise ValueError(
-                    f"{format.name} has groups of {size} columns, but a row of {name} has {columns}; "
-                    f"choose a group size that divides {columns}"
-                )
-        if plan.format is not None and layout_of(plan) not in LAYOUTS:
-            raise ValueError(f"{name}: no layout holds weights in {plan.format.name}")
-
-
 def _write(
     model: ModelFolder,
     out: Path,
@@ -215,6 +165,7 @@ def _write(
     plans: dict[str, Plan],
     quantizer: Layerwise,
     calibration: Sequence[str],
+    tuned: Mapping[str, Any] | None,
     began: float,
 ) -> dict[str, Any]:
     """The finished folder, written beside and moved; returns its metrics, which results.json has too. digest: of the
@@ -227,11 +178,7 @@ def _write(
     for part in quantizer.partial.parts():
         tensors |= dict(quantizer.partial.tensors(part).items())
     extra: dict[str, Any] = {}
-    inputs = {
-        name: plan.inputs.removesuffix("+outliers") if False else plan.inputs
-        for name, plan in plans.items()
-        if plan.inputs
-    }
+    inputs = {name: plan.inputs for name, plan in plans.items() if plan.inputs}
     adapters = [i for i in range(model.config.num_hidden_layers) if f"model.layers.{i}.adapter.weight" in tensors]
     if inputs:
         extra["inputs"] = inputs
@@ -267,8 +214,10 @@ def _write(
         "types": ", ".join(f"{count} {kind}" for kind, count in sorted(types.items(), key=lambda t: -t[1])),
         "adapters": len(adapters),
         "quantize_seconds": time.perf_counter() - began,
-        "exact": loaded.recipe.exact,
+        **{f"finetune_{name}": value for name, value in (tuned or {}).items()},
     }
+    if loaded.recipe.exact:
+        metrics["exact"] = True
     data = quantizer.data
     settings = {
         "parent": str(model.path),

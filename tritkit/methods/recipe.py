@@ -14,22 +14,17 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from ..config import dump, fill, read_toml
-from ..formats import FORMATS, Format, format_of
-from ..inputs import OUTLIERS, THRESHOLD
-from ..jsonfile import shown
-
-KEEP = "keep"  # in place of a format: the matrix stays as it is
-METHOD_NAMES = ("rtn", "gptq", "search")
-RANGE_NAMES = ("absmax", "minmax", "percentile", "mse", "entropy")
-TRANSFORMS = ("awq", "smoothquant")
-CORRECTIONS = ("qwt",)
+from ..formats import Format, format_of
+from ..formats.integer import Integer
+from ..inputs import OUTLIERS, THRESHOLD, input_format
+from .recipe_check import KEEP, check, mix_names, require_format
 
 
 @dataclass(frozen=True)
@@ -86,7 +81,7 @@ class Recipe:
     name: str = ""
     format: str | None = None
     method: str | None = None  # none: search for the formats of ggml, else rtn
-    range: str | None = None  # how a grid is chosen: one of RANGE_NAMES; none: the format's own way
+    range: str | None = None  # how a grid is chosen: one of ranges.RANGES; none: the format's own way
     inputs: str | None = None  # format of the activations; none: they stay floats
     inputs_range: str | None = None  # static ranges chosen on calibration data; none: dynamic
     transform: str | None = None
@@ -94,7 +89,7 @@ class Recipe:
     mix: str | None = None  # one of llama.cpp's mixes in place of a format
     embedding: str | None = None  # format of the embedding; none: as it is
     head: str | None = None
-    importance: bool = True  # search weighs columns by their inputs where there is calibration data
+    importance: bool = True  # search weighs columns by their inputs where there is calibration data; gptq always does
     outlier_threshold: float = THRESHOLD  # LLM.int8()
     exact: bool = False  # the base lies on this very grid, so that a comparison says nothing
     gptq: GptqOptions = field(default_factory=GptqOptions)
@@ -151,8 +146,9 @@ class LoadedRecipe:
     def digest(self) -> str:
         return hashlib.sha256(self.text().encode()).hexdigest()[:16]
 
-    def with_rules(self, rules: Sequence[Rule]) -> LoadedRecipe:
-        return replace(self, rules=(*self.rules, *rules))
+    def over(self, rules: Sequence[Rule]) -> LoadedRecipe:
+        """With these rules in front of its own, which win."""
+        return replace(self, rules=(*rules, *self.rules))
 
 
 def read_recipe(source: str | Path | None, overrides: dict[str, str] | None = None) -> LoadedRecipe:
@@ -169,7 +165,7 @@ def read_recipe(source: str | Path | None, overrides: dict[str, str] | None = No
         elif str(source).lower() in mix_names():
             tree = {"name": str(source).lower(), "mix": str(source).lower()}
         else:
-            _require_format(str(source), f"there is no recipe {source}")
+            require_format(str(source), f"there is no recipe {source}")
             tree = {"name": str(source), "format": str(source)}
     raw = tree.pop("rule", [])
     if not isinstance(raw, list) or not all(isinstance(r, dict) for r in raw):
@@ -198,70 +194,25 @@ def as_recipe(recipe: LoadedRecipe | Recipe | str | Path) -> LoadedRecipe:
     return read_recipe(recipe)
 
 
-def mix_names() -> tuple[str, ...]:
-    """Names of llama.cpp's mixes."""
-    from .mixes import MIXES
-
-    return tuple(MIXES)
-
-
-def check(loaded: LoadedRecipe) -> None:
-    """ValueError for a name that nobody knows, or settings that contradict each other."""
-    recipe = loaded.recipe
-    if recipe.mix is not None:
-        _require(recipe.mix, mix_names(), "mix")
-        if recipe.format is not None or recipe.budget.bits is not None:
-            raise ValueError(f"the recipe has both the mix {recipe.mix} and another choice of formats; leave one out")
-    if recipe.mix is None and recipe.format is None and recipe.budget.bits is None and not loaded.rules:
-        raise ValueError("the recipe names no format: set format, mix, budget.bits, or rules")
-    _require(recipe.transform, TRANSFORMS, "transform")
-    _require(recipe.correct, CORRECTIONS, "correct")
-    for name in (recipe.embedding, recipe.head, *recipe.budget.options):
-        if name is not None and name != KEEP:
-            _require_format(name)
-    owners: tuple[Recipe | Rule, ...] = (recipe, *loaded.rules)
-    for owner in owners:
-        _require(owner.method, METHOD_NAMES, "method")
-        _require(owner.range, RANGE_NAMES, "range")
-        _require(owner.inputs_range, RANGE_NAMES, "inputs_range")
-        if owner.format is not None and owner.format != KEEP:
-            _require_format(owner.format)
-        if owner.inputs is not None:
-            _require_format(owner.inputs.removesuffix(OUTLIERS))
-    if recipe.budget.bits is not None and not 1 <= recipe.budget.bits <= 16:
-        raise ValueError(f"budget.bits is {recipe.budget.bits:g}, expected 1 to 16 bits a weight")
-    if recipe.gptq.damping < 0:
-        raise ValueError(f"gptq.damping is {recipe.gptq.damping:g}, expected 0 or more")
-    if recipe.gptq.columns < 1:
-        raise ValueError(f"gptq.columns is {recipe.gptq.columns}, expected at least 1")
-    if not 0 < recipe.qwt.held_out < 1:
-        raise ValueError(f"qwt.held_out is {recipe.qwt.held_out:g}, expected a share between 0 and 1")
-
-
-def _require(value: str | None, known: Sequence[str], what: str) -> None:
-    if value is None or value in known:
-        return
-    close = difflib.get_close_matches(value, known, n=1, cutoff=0.4)
-    hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
-    raise ValueError(f"there is no {what} {shown(value)}; {hint}")
-
-
-def _require_format(name: str, beginning: str = "") -> None:
-    try:
-        format_of(name)
-    except ValueError:
-        known = [*FORMATS, *(f"int{bits}_g64" for bits in range(2, 9)), "int4_row", "int8_row", "int4_g64_asym"]
-        candidates = [*known, *(mix_names() if beginning else ())]
-        close = difflib.get_close_matches(name.lower(), candidates, n=1, cutoff=0.4)
-        hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
-        raise ValueError(f"{beginning or f'there is no format {shown(name)}'}; {hint}") from None
+Settings = dict[str, str | None]  # what a rule may set, by name
 
 
 def plans_of(loaded: LoadedRecipe, names: Sequence[str]) -> dict[str, Plan]:
     """The plan of each linear; ValueError for a rule that matches none of the names."""
+    return {name: plan_of(values) for name, values in settings_of(loaded, names).items()}
+
+
+def settings_of(
+    loaded: LoadedRecipe, names: Sequence[str], formats: Mapping[str, str] | None = None
+) -> dict[str, Settings]:
+    """What the recipe and its rules, later ones over earlier ones, say of each linear; ValueError as in ``plans_of``.
+
+    formats: by linear, in place of the recipe's one. "keep" is for the inputs too, unless it comes with a format of
+    theirs.
+    """
     recipe = loaded.recipe
     base = {f.name: getattr(recipe, f.name) for f in fields(Rule) if f.name != "match"}
-    merged = {name: dict(base) for name in names}
+    merged = {name: _over(base, {"format": formats[name]}) if formats else dict(base) for name in names}
     for rule in loaded.rules:
         matching = [name for name in names if matches(name, rule.match)]
         if not matching:
@@ -270,28 +221,52 @@ def plans_of(loaded: LoadedRecipe, names: Sequence[str]) -> dict[str, Plan]:
             raise ValueError(f"the rule {rule.match!r} matches none of the {len(names)} linears; {hint}")
         given = {k: v for k, v in asdict(rule).items() if k != "match" and v is not None}
         for name in matching:
-            merged[name] |= given
-    return {name: plan_of(values) for name, values in merged.items()}
+            merged[name] = _over(merged[name], given)
+    return merged
 
 
-def plan_of(values: dict[str, str | None]) -> Plan:
-    """A plan from the settings of a rule, with its defaults."""
+def _over(values: Mapping[str, str | None], given: Mapping[str, str | None]) -> Settings:
+    floats: Settings = {"inputs": None, "inputs_range": None} if given.get("format") == KEEP else {}
+    return {**values, **floats, **given}
+
+
+def plan_of(values: Mapping[str, str | None]) -> Plan:
+    """A plan from some of the settings of a rule, with its defaults; ValueError for those that do not go together."""
+    inputs, chosen = values.get("inputs"), values.get("range")
     if values["format"] in (None, KEEP):
-        return Plan(None, inputs=values["inputs"], inputs_range=_inputs_range(values))
+        return Plan(None, inputs=inputs, inputs_range=_inputs_range(values))
     format = format_of(str(values["format"]))
-    method = values["method"] or ("search" if is_ggml(format) else "rtn")
+    method = values.get("method") or ("search" if is_ggml(format) else "rtn")
     if method == "search" and not is_ggml(format):
         raise ValueError(f"the method search is for the formats of ggml, not for {format.name}; rtn and gptq are")
-    if values["inputs_range"] is not None and values["inputs"] is None:
-        raise ValueError(f"inputs_range is {values['inputs_range']!r}, but inputs names no format")
-    return Plan(format, method, values["range"], values["inputs"], _inputs_range(values))
+    if chosen is not None and not isinstance(format, Integer):
+        raise ValueError(f"range is {chosen!r}, but {format.name} has a grid of its own; ranges are for integers")
+    if chosen == "entropy" and format.has_offset:
+        raise ValueError(f"range is 'entropy', which is for symmetric formats, but {format.name} is asymmetric")
+    one_scale = isinstance(format, Integer) and format.group == "row" and not format.has_offset
+    if inputs is not None and inputs.endswith(OUTLIERS) and not one_scale:
+        raise ValueError(
+            f"inputs in {inputs} need symmetric weights with one scale a row, such as int8_row, not {format.name}"
+        )
+    return Plan(format, method, chosen, inputs, _inputs_range(values))
 
 
-def _inputs_range(values: dict[str, str | None]) -> str | None:
+def _inputs_range(values: Mapping[str, str | None]) -> str | None:
     """One range for all tokens has to be known beforehand: it is static, by absmax where the recipe does not say."""
-    inputs = values["inputs"]
-    one = inputs is not None and format_of(inputs.removesuffix(OUTLIERS)).group == "tensor"
-    return values["inputs_range"] or ("absmax" if one else None)
+    inputs, chosen = values.get("inputs"), values.get("inputs_range")
+    if inputs is None:
+        if chosen is not None and values["format"] is not None:
+            raise ValueError(f"inputs_range is {chosen!r}, but inputs names no format")
+        return None
+    format = input_format(inputs)
+    if chosen is not None and not format.is_static:
+        raise ValueError(
+            f"static ranges are one for all tokens, but inputs in {inputs} have one for each; "
+            f"name {inputs.split('_')[0]}_tensor, or leave out inputs_range"
+        )
+    if chosen == "entropy" and format.is_asymmetric:
+        raise ValueError(f"inputs_range is 'entropy', which is for symmetric formats, but {inputs} is asymmetric")
+    return chosen or ("absmax" if format.is_static else None)
 
 
 def is_ggml(format: Format) -> bool:
