@@ -12,7 +12,8 @@ class GroupedLinear : public Linear {
     GroupedLinear(const GroupSource& source, float scale, const float* bias, Pool& pool, Arena& arena,
                   const Kernels& kernels);
 
-    /// Rounds x to this grid instead. row_sums: of scale * W, [rows]; null for symmetric grids. Throws std::invalid_argument.
+    /// Rounds x to this grid instead. row_sums: of scale * W, [rows]; null for symmetric grids. Throws
+    /// std::invalid_argument.
     void round_inputs(const InputGrid& grid, const float* row_sums);
 
     /// What that will allocate at most.
