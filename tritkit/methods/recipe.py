@@ -89,7 +89,7 @@ class Recipe:
     mix: str | None = None  # one of llama.cpp's mixes in place of a format
     embedding: str | None = None  # format of the embedding; none: as it is
     head: str | None = None
-    importance: bool = True  # search weighs columns by their inputs where there is calibration data; gptq always does
+    importance: bool = True  # ggml's fit weighs columns by their inputs where there is calibration data
     outlier_threshold: float = THRESHOLD  # LLM.int8()
     exact: bool = False  # the base lies on this very grid, so that a comparison says nothing
     gptq: GptqOptions = field(default_factory=GptqOptions)
