@@ -41,7 +41,7 @@ def place(make_folder, text_file, tmp_path):
         (tmp_path / f"{name}.toml").write_text(text)
     calibration = tmp_path / "calibration.txt"
     calibration.write_text("owls sang and the cat saw the moon while a hill sat on rain. " * 60)
-    data = tmp_path / "data.txt"  # a copy: tests may change it
+    data = tmp_path / text_file.name  # a copy: tests may change it
     data.write_bytes(text_file.read_bytes())
     settings = Settings(
         str(model),
