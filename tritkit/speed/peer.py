@@ -141,6 +141,16 @@ def _random_q6_k(count: int, spread: float) -> Iterator[np.ndarray]:
 RANDOM = {"f16": _random_f16, "tq2_0": _random_tq2_0, "q6_k": _random_q6_k}
 
 
+_KEPT: list[Any] = []  # what C calls for as long as the process lives
+
+
+def _silence(lib: Any) -> None:
+    """llama.cpp says nothing from now on. It keeps the callback for good, and so do we."""
+    if not _KEPT:
+        _KEPT.append(lib.llama_log_callback(lambda *_: None))
+    lib.llama_log_set(_KEPT[0], None)
+
+
 class LlamaCpp(Contestant):
     """A GGUF file with llama.cpp's own functions: llama_decode on batches, no sampling."""
 
@@ -150,8 +160,7 @@ class LlamaCpp(Contestant):
 
         super().__init__(work, threads)
         self.lib = lib
-        self._quiet = lib.llama_log_callback(lambda *_: None)  # kept: C calls it
-        lib.llama_log_set(self._quiet, None)
+        _silence(lib)
         lib.llama_backend_init()
         options = lib.llama_model_default_params()
         options.n_gpu_layers = 0
