@@ -138,6 +138,20 @@ def test_a_singular_hessian_is_damped_and_said():
     assert "singular" in stats.derived["note"] and "damping" in stats.derived["note"]
 
 
+def test_the_first_token_of_a_sequence_counts_as_often_as_asked():
+    """As if it stood there so many times."""
+    x, w, plan = inputs(256, 64).reshape(4, 64, 64), weights(), Plan(format_of("int4_g32"), "gptq")
+    once, often = InputStats(64), InputStats(64)
+    once.update(x, x[:, 0])
+    often.update(torch.cat([x.flatten(0, 1), *[x[:, 0]] * 31]))
+    often.tokens = once.tokens  # a factor of the whole Hessian changes nothing but the size of the damping
+    found = gptq.solve(w, plan, once, Recipe(gptq=GptqOptions(sink=32.0)))
+    assert torch.equal(found.codes, gptq.solve(w, plan, often, Recipe()).codes)
+    paper = gptq.solve(w, plan, once, Recipe(gptq=GptqOptions(sink=1.0)))
+    at_first = [float(((q.dequantize() - w) @ x[:, 0].t()).square().sum()) for q in (found, paper)]
+    assert at_first[0] < 0.7 * at_first[1]
+
+
 def test_without_calibration_it_says_so():
     with pytest.raises(ValueError, match="gptq needs calibration data"):
         gptq.solve(weights(), Plan(format_of("int4_row"), "gptq"), None, Recipe())

@@ -137,7 +137,7 @@ def _walked(job: BlockJob, wanted: Mapping[str, nn.Module]) -> list[Tensor]:
             if stats is None:
                 names = [name for name, module in wanted.items() if any(module is m for m in modules)]
                 stats = new_stats(job, names, x.shape[-1])
-            stats.update(x)
+            stats.update(x, x[:, 0] if x.dim() == 3 else None)
         for name, module in wanted.items():
             if any(module is m for m in modules):
                 _solve(job, name, stats)

@@ -48,6 +48,9 @@ def solve(w: Tensor, plan: Plan, stats: InputStats | None, options: Any) -> QTen
 def _factor(stats: InputStats, options: GptqOptions) -> tuple[Tensor | None, Tensor]:
     """The order of the columns (None: their own), and the factor of the inverse Hessian in that order."""
     hessian = stats.hessian / stats.tokens
+    if stats.first and options.sink != 1:
+        first = torch.cat(stats.first).double()
+        hessian += (options.sink - 1) / stats.tokens * (first.t() @ first)
     diagonal = hessian.diagonal()
     dead = diagonal <= 0
     if dead.any():  # inputs that are always zero: any number that does not change the mean will do

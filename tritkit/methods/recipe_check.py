@@ -79,6 +79,7 @@ def _check_numbers(recipe: Recipe) -> None:
         ("budget.bits", 1 if bits is None else bits, bits is None or 1 <= bits <= 16, "1 to 16 bits a weight"),
         ("outlier_threshold", recipe.outlier_threshold, recipe.outlier_threshold > 0, "a number above 0"),
         ("gptq.damping", gptq.damping, gptq.damping >= 0, "0 or more"),
+        ("gptq.sink", gptq.sink, gptq.sink >= 1, "1 or more"),
         ("gptq.columns", gptq.columns, gptq.columns >= 1, "at least 1"),
         ("awq.steps", recipe.awq.steps, recipe.awq.steps >= 1, "at least 1"),
         ("smoothquant.alpha", recipe.smoothquant.alpha, 0 <= recipe.smoothquant.alpha <= 1, "0 to 1"),

@@ -30,6 +30,7 @@ class InputStats:
     largest: Tensor = field(init=False)
     outliers: int = 0  # inputs of at least OUTLIER
     sample: list[Tensor] = field(default_factory=list)  # rows from all over, for histograms
+    first: list[Tensor] = field(default_factory=list)  # rows that begin a sequence: attention's sinks
     stride: int = 1  # of every so many rows one is in the sample
     observers: dict[Any, Any] = field(default_factory=dict)  # of static ranges, which see every row
     importance: Tensor | None = None  # float32 [in]: of the columns, from a file, in place of the mean squares here
@@ -46,8 +47,10 @@ class InputStats:
         other.importance = importance
         return other
 
-    def update(self, x: Tensor) -> None:
-        """Count the rows of x, float32 [..., in]."""
+    def update(self, x: Tensor, first: Tensor | None = None) -> None:
+        """Count the rows of x, float32 [..., in]. first: those that begin a sequence, [sequences, in]."""
+        if first is not None:
+            self.first.append(first.detach().float().cpu().clone())
         rows = x.detach().reshape(-1, self.features).float()
         if not torch.isfinite(rows).all():
             raise ValueError("the model's activations on the calibration data are not finite")
