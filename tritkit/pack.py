@@ -13,21 +13,15 @@ from . import results
 from .checkpoint import ModelFolder, copy_companions, linear_names, open_folder, unpacked_tensors, write_folder
 from .files import atomic_open
 from .folderfacts import code_shares, describe
-from .formats import QTensor, format_of
+from .formats import format_of
 from .layers import run_on_integers
-from .layouts import LAYOUTS, Packed, Unpacked
+from .layouts import LAYOUTS, Packed
+from .methods.rtn import unpacked
 from .progress import progress
 from .tensorfile import StoredTensor
 
 PACKABLE = ("hf_autobitlinear", "binary_rows")  # layouts that the containers and the engines know so far
 DTYPES = {"bfloat16": "BF16", "float32": "F32"}
-
-
-def unpacked(q: QTensor) -> Unpacked:
-    """A quantised matrix as layouts take it: codes int16 [out, in], scales float32 [rows, groups]."""
-    codes = q.codes.reshape(q.shape).numpy()
-    offset = None if q.grid.offset is None else q.grid.offset[..., 0].numpy()
-    return Unpacked(codes, q.grid.scale[..., 0].numpy(), offset)
 
 
 def pack_linears(folder: ModelFolder) -> tuple[dict[str, Packed], str]:
