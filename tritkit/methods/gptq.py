@@ -111,10 +111,9 @@ def _columns(
                 here = format.split(part[:, j : j + size].contiguous())
                 weights = None if importance is None else importance[column : column + size].reshape(here.shape[1:])
                 grids.append(fit(here, format, plan, weights))
-            grid = (
-                _grid_of(fixed, format, column if order is None else int(order[column])) if fixed is not None else None
-            )
-            if grid is None:
+            if fixed is not None:
+                grid = _grid_of(fixed, format, column if order is None else int(order[column]))
+            else:
                 grid = _grid_of(grids[-1], format, column % size)
             value = part[:, j]
             code = format.encode(value[:, None, None].clone(), grid)

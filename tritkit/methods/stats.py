@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..inputs import THRESHOLD as OUTLIER
+
 T = TypeVar("T")
 
-OUTLIER = 6.0  # LLM.int8()'s threshold (FACTS 10.1)
 BINS = 64
 SAMPLE = 8192  # rows that histograms look at, at most
 
