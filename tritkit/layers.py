@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .formats import Format, fake_quantize, format_of
 from .kernels import integer_product
+from .kernels.floats import linear
 
 
 class RMSNorm(nn.Module):
@@ -47,7 +48,7 @@ class Linear(nn.Linear):
         return x
 
     def forward(self, x: Tensor | Codes) -> Tensor:  # type: ignore[override]
-        return super().forward(x.x if isinstance(x, Codes) else x)
+        return linear(x.x if isinstance(x, Codes) else x, self.weight, self.bias)
 
 
 def run_on_integers(weights: Format, activations: Format) -> bool:
@@ -202,7 +203,7 @@ class Adapter(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.float(), self.weight.float(), self.bias.float())
+        return linear(x.float(), self.weight.float(), self.bias.float())
 
 
 def linear_for(weights: str | None, activations: str | None, norm_eps: float = 0.0):

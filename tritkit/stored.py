@@ -11,11 +11,11 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .formats import Format, Grid, format_of
 from .kernels import integer_product
+from .kernels.floats import linear
 from .layers import Codes
 from .layouts import LAYOUTS, Packed
 
@@ -145,7 +145,7 @@ class StoredMatrix(nn.Module):
         x = x.float()
         y = x.new_empty(*x.shape[:-1], self.out_features)
         for some in self.strips():
-            y[..., some] = F.linear(x, self.floats(some))
+            y[..., some] = linear(x, self.floats(some))
         return y
 
     def extra_repr(self) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..checkpoint import ModelFolder, linear_names, matrix_shape
 from ..inputs import input_format
+from ..kernels.floats import linear
 from ..progress import progress
 from .blocks import matrix_of
 from .calibration import Calibration
@@ -219,6 +220,6 @@ def _option(w: Tensor, plan: Plan, loaded: LoadedRecipe, stats: InputStats, inpu
 
     assert plan.format is not None
     weight = METHODS[plan.method](w, plan, stats, loaded.recipe)
-    change = ((inputs @ (weight.dequantize() - w).t()) * outward).sum(-1)  # g_t . D x_t
+    change = (linear(inputs, weight.dequantize() - w) * outward).sum(-1)  # g_t . D x_t
     size = packed(weight, layout_of(plan)).nbytes
     return Option(plan.format.name, size, 0.5 * float(change.double().square().mean()))

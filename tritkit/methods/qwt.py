@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.floats import linear
 from ..layers import Adapter
 
 Pair = tuple[Tensor, Tensor]  # what the block reads and what is missing from its output, [..., in] and [..., out]
@@ -27,7 +28,7 @@ class Compensation:
     bias: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.nn.functional.linear(x.float(), self.weight.float(), self.bias)
+        return linear(x.float(), self.weight.float(), self.bias)
 
     def module(self) -> Adapter:
         """The same as a part of a model."""

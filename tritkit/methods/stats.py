@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..inputs import THRESHOLD as OUTLIER
+from ..kernels.floats import second_moment
 
 T = TypeVar("T")
 
@@ -57,7 +58,7 @@ class InputStats:
             raise ValueError("the model's activations on the calibration data are not finite")
         size = rows.abs()
         self.tokens += len(rows)
-        self.hessian += (rows.t() @ rows).double().cpu()
+        self.hessian += second_moment(rows).double().cpu()
         self.absolute += size.sum(0).double().cpu()
         self.largest = torch.maximum(self.largest, size.amax(0).cpu())
         self.outliers += int((size >= OUTLIER).sum())

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoint import EMBEDDING, HEAD, ModelFolder
+from ..kernels.floats import linear
 from ..layers import Linear
 from ..models.transformer import Layer
 from .blocks import Walk
@@ -83,7 +83,7 @@ class DecoderStream:
             wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.config.rms_norm_eps)
         )
         for begin in range(0, len(wide), STRIP):
-            yield F.linear(wide[begin : begin + STRIP], head).log_softmax(-1)
+            yield linear(wide[begin : begin + STRIP], head).log_softmax(-1)
 
     def finish(self, states: Iterable[Tensor], first: int) -> list[Tensor]:
         """Hidden states behind the float layers from ``first`` on."""

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.floats import linear
 from ..layers import Adapter, Linear, RMSNorm, linear_for
 from ..stored import StoredEmbedding, StoredLinear, StoredMatrix
 from .config import ModelConfig
@@ -205,7 +206,7 @@ class Transformer(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Output head, float32 [..., vocabulary]."""
         head: Any = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        return head.product(hidden) if isinstance(head, StoredMatrix) else F.linear(hidden, head.weight).float()
+        return head.product(hidden) if isinstance(head, StoredMatrix) else linear(hidden, head.weight).float()
 
     def forward(self, tokens: Tensor, cache: list[KVCache] | None = None) -> Tensor:
         return self.logits(self.hidden(tokens, cache))
