@@ -61,12 +61,13 @@ def _matrices(folder: ModelFolder) -> tuple[float, float]:
     import torch
 
     from ..formats import format_of
+    from ..kernels.floats import linear
 
     rows, columns = max((linear_shape(folder.config, name) for name in linear_names(folder.config)), key=np.prod)
     w = torch.randn(max(min(rows, PROBE_WEIGHTS // columns), 1), columns)
     x = torch.randn(PROBE_TOKENS, columns)
     format = format_of("int4_row")
-    product, rounding = (_seconds(work, 5) / w.numel() for work in (lambda: x @ w.T, lambda: format.quantize(w)))
+    product, rounding = (_seconds(work, 5) / w.numel() for work in (lambda: linear(x, w), lambda: format.quantize(w)))
     return product / PROBE_TOKENS, rounding
 
 
@@ -141,12 +142,12 @@ class Estimate:
         return sum(each + self._rate(row) * self.quantising(row) for row in rows)
 
     def _rate(self, loaded: LoadedRecipe | None) -> float:
-        """Of what is predicted, by rows of its kind, or else by those that calibrate as it does: rounding and products
-        are predicted apart."""
+        """Of what is predicted, by rows of its kind that calibrate as it does, or else by all that do: rounding and
+        products are predicted apart, and what is wrong with one says nothing of the other."""
         if loaded is None:
             return 1.0
         kind, calibrates = kind_of(loaded), self._calibrates(loaded)
-        same = [rate for other, _, rate in self.rates if other == kind]
+        same = [rate for *other, rate in self.rates if other == [kind, calibrates]]
         alike = [rate for _, other, rate in self.rates if other == calibrates]
         return median(same[-RECENT:] or [1.0, *alike[-RECENT:]])
 
