@@ -43,7 +43,8 @@ class Quantised:
 class BlockJob:
     """linears: those of the block by their full names; plans: what becomes of each; inputs: chunks of what the block
     reads, none where there is no calibration data; importance: of the columns of linears, from a file; walk: the
-    block's pass in stages, which spares it being computed anew for each."""
+    block's pass in stages, which spares it being computed anew for each; before: takes what the float block returns,
+    where ``collects_at_once``."""
 
     block: nn.Module
     linears: dict[str, nn.Module]
@@ -54,6 +55,7 @@ class BlockJob:
     advance: Callable[[], None] = lambda: None
     importance: Mapping[str, Tensor] = field(default_factory=dict)
     walk: Callable[[nn.Module, int, Tensor], Walk] | None = None
+    before: list[Tensor] | None = None
     done: dict[str, Quantised] = field(default_factory=dict)
 
 
@@ -92,18 +94,28 @@ def _geometry(module: nn.Module) -> tuple:
     return module.kernel_size, module.stride, module.padding, module.dilation
 
 
+def _wanted(job: BlockJob) -> dict[str, nn.Module]:
+    return {name: module for name, module in job.linears.items() if job.plans[name].format or job.plans[name].inputs}
+
+
+def collects_at_once(job: BlockJob) -> bool:
+    """Whether one pass through the float block tells all that quantising it needs."""
+    wanted = _wanted(job)
+    return bool(wanted) and not any(job.plans[name].method in NEED_INPUTS for name in wanted)
+
+
 @torch.no_grad()
 def quantize_block(job: BlockJob) -> list[Tensor] | None:
     """Quantise the linears of the block in place; ``job.done`` tells what became of each. Returns the outputs of the
     quantised block where they were computed on the way."""
-    wanted = {name: module for name, module in job.linears.items() if job.plans[name].format or job.plans[name].inputs}
+    wanted = _wanted(job)
     if not wanted:
         return None
     if not job.inputs:
         for name in wanted:
             _solve(job, name, None)
         return None
-    needed = any(job.plans[name].method in NEED_INPUTS for name in wanted)
+    needed = not collects_at_once(job)
     if needed and job.walk is not None:
         return _walked(job, wanted)
     stages = stages_of(job, wanted)
@@ -113,7 +125,7 @@ def quantize_block(job: BlockJob) -> list[Tensor] | None:
             for name in stage:
                 _solve(job, name, stats[name])
         return None
-    stats = collect(job, stages)
+    stats = collect(job, stages, job.before)
     for stage in stages:
         for name in stage:
             _solve(job, name, stats[name])
@@ -192,8 +204,11 @@ def new_stats(job: BlockJob, names: Sequence[str], features: int) -> InputStats:
     return stats
 
 
-def collect(job: BlockJob, stages: Sequence[Sequence[str]]) -> dict[str, InputStats]:
-    """Statistics of the inputs of these stages over all chunks; linears of a stage share theirs."""
+def collect(
+    job: BlockJob, stages: Sequence[Sequence[str]], results: list[Tensor] | None = None
+) -> dict[str, InputStats]:
+    """Statistics of the inputs of these stages over all chunks; linears of a stage share theirs. results: takes what
+    the block returns, where somebody wants it."""
     found: dict[str, InputStats] = {}
     handles = []
 
@@ -209,14 +224,16 @@ def collect(job: BlockJob, stages: Sequence[Sequence[str]]) -> dict[str, InputSt
         module = job.linears[stage[0]]
         stats = new_stats(job, stage, matrix_of(module).shape[1])
         found |= dict.fromkeys(stage, stats)
-        alone = len(stages) == 1 and number == 0
+        alone = len(stages) == 1 and number == 0 and results is None
         handles.append(module.register_forward_pre_hook(hook_of(stats, alone)))
     try:
         for i, x in enumerate(job.inputs):
             try:
-                job.call(job.block, i, x)
+                y = job.call(job.block, i, x)
             except _Seen:
                 continue
+            if results is not None:
+                results.append(y)
     finally:
         for handle in handles:
             handle.remove()

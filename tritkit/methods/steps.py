@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import compensation_conv, qwt
-from .blocks import BlockJob, outputs, quantize_block
+from .blocks import BlockJob, collects_at_once, outputs, quantize_block
 from .compensation_conv import ConvCompensation
 from .qwt import Compensation
 
@@ -43,7 +43,12 @@ def run_block(
     def held_outputs() -> list[Tensor]:
         return [job.call(job.block, first + i, x) for i, x in enumerate(held)]
 
-    wanted, wanted_held = (outputs(job), held_outputs()) if corrects else ([], [])
+    wanted: list[Tensor] = []
+    wanted_held = held_outputs() if corrects else []
+    if corrects and (transform is not None or not collects_at_once(job)):
+        wanted = outputs(job)
+    elif corrects:
+        job.before = wanted  # filled on the way
     if transform is not None:
         transform()
     found = quantize_block(job)
