@@ -316,8 +316,13 @@ def test_the_verb_prints_and_writes_the_table(place, text_file, capsys, monkeypa
     metrics = rows(place.out)["rtn4"]["metrics"]
     assert f"± {metrics['llama_cpp_perplexity_error']:.3f} |" in text and "| 321" in text
     tree = json.loads(place.out.read_text())
-    write_markdown(tree, place.folder / "new.md")
+    write_markdown(tree, str(place.folder / "new.md"))
     assert markdown(tree) in (place.folder / "new.md").read_text()
+    document.write_text(f"{text}<!-- sweep twin -->\n<!-- /sweep twin -->\n")
+    write_markdown({**tree, "rows": tree["rows"][:1]}, f"{document}#twin")
+    assert document.read_text().startswith(text) and document.read_text().count("rtn4") == text.count("rtn4")
+    with pytest.raises(ValueError, match="a line <!-- sweep other --> and"):
+        write_markdown(tree, f"{document}#other")
     header, line, *body = markdown(tree).split("\n\n")[0].splitlines()
     assert {header.count("|"), line.count("|"), *(row.count("|") for row in body)} == {header.count("|")}
 

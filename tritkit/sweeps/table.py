@@ -13,7 +13,6 @@ from rich.table import Table
 
 from ..files import atomic_open
 
-BEGIN, END = "<!-- sweep -->", "<!-- /sweep -->"  # between these a document has the table
 Row = dict[str, Any]
 
 
@@ -159,25 +158,40 @@ def markdown(tree: dict[str, Any]) -> str:
     return text + "\n" + "".join(f"* {note}\n" for note in [*failed, *notes(tree)])
 
 
-def require_place(path: Path) -> None:
-    """ValueError unless ``path`` is free, or a document with a place for the table."""
+def require_place(place: str) -> None:
+    """ValueError unless ``place``, FILE or FILE#NAME, is a free name, or a document with a place for the table."""
+    path, name = _split(place)
     if not path.absolute().parent.is_dir():
         raise ValueError(f"there is no folder {path.absolute().parent} to write {path.name} into")
     if path.exists():
-        _parts(path)
+        _parts(path, name)
 
 
-def write_markdown(tree: dict[str, Any], path: Path) -> None:
+def write_markdown(tree: dict[str, Any], place: str) -> None:
     """The table into its place in a document, or into a new file."""
-    before, after = _parts(path) if path.exists() else ("", "")
+    path, name = _split(place)
+    begin, end = _marks(name)
+    before, after = _parts(path, name) if path.exists() else ("", "")
     with atomic_open(path) as file:
-        file.write(f"{before}{BEGIN}\n{markdown(tree)}{END}{after or chr(10)}")
+        file.write(f"{before}{begin}\n{markdown(tree)}{end}{after or chr(10)}")
 
 
-def _parts(path: Path) -> tuple[str, str]:
-    text = path.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+def _split(place: str) -> tuple[Path, str]:
+    """A document has one place without a name, and as many with one as it likes."""
+    path, _, name = place.partition("#")
+    return Path(path), name
+
+
+def _marks(name: str) -> tuple[str, str]:
+    """Between these a document has the table."""
+    name = f" {name}" if name else ""
+    return f"<!-- sweep{name} -->", f"<!-- /sweep{name} -->"
+
+
+def _parts(path: Path, name: str) -> tuple[str, str]:
+    text, marks = path.read_text(encoding="utf-8"), _marks(name)
+    before, begin, rest = text.partition(marks[0])
+    _, end, after = rest.partition(marks[1])
     if not begin or not end:
-        raise ValueError(f"{path} has no place for the table: a line {BEGIN} and a line {END} mark it")
+        raise ValueError(f"{path} has no place for the table: a line {marks[0]} and a line {marks[1]} mark it")
     return before, after
