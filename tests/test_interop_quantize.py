@@ -1,11 +1,13 @@
 """Whole GGUF files against llama_model_quantize: types, bytes and the kind of file, with and without importance."""
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import tritkit
 from tritkit.checkpoint import EMBEDDING, matrix_names, matrix_shape, open_folder
 from tritkit.gguf import GGUFFile
 from tritkit.gguf_config import FILE_TYPES
@@ -59,22 +61,21 @@ def test_q4_k_m_is_llama_cpps_file(make_model, tmp_path, form, weighed):
 
 
 @pytest.fixture(scope="module")
-def wide(tmp_path_factory, tokenizer):
-    """Nine layers of width 512, whose rows are whole blocks of 256, random."""
-    from tritkit.models.config import ModelConfig
-    from tritkit.models.transformer import build
-    from tritkit.trainstate import save_model
+def wide(tmp_path_factory):
+    """Nine layers of width 512, whose rows are whole blocks of 256, trained for a minute on the bundled books."""
+    from tritkit.trainer import load_settings, train
 
     folder = tmp_path_factory.mktemp("wide")
-    config = ModelConfig(
-        family="llama",
-        vocab_size=320,
-        num_hidden_layers=9,
-        max_position_embeddings=128,
-        tie_word_embeddings=False,
-        **SIZES,
-    )
-    save_model(folder / "model", build(config, seed=1), config, tokenizer)
+    model = {f"model.{name}": str(size) for name, size in SIZES.items()}
+    model |= {"model.num_hidden_layers": "9", "model.tie_word_embeddings": "false"}
+    steps = {"optim.warmup_steps": "5", "train.steps": "30", "train.eval_every": "30", "train.eval_tokens": "1024"}
+    steps |= {"train.batch_size": "8", "train.sequence_length": "128"}
+    config = Path(__file__).parent.parent / "configs" / "demo-llama.toml"
+    books = Path(tritkit.__file__).parent / "bundled" / "text" / "train.txt.xz"
+    settings = load_settings(config, model | steps)
+    settings = replace(settings, data=replace(settings.data, sources=(str(books),)))
+    metrics = train(settings, folder / "model")
+    assert metrics["val_loss"] < 0.9 * np.log(settings.model.vocab_size)  # it has learnt something
     export_gguf(open_folder(folder / "model"), folder / "wide.gguf", "f32")
     return folder / "wide.gguf"
 
