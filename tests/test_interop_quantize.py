@@ -15,6 +15,7 @@ from tritkit.gguf_export import export_gguf
 from tritkit.gguf_model import open_gguf
 from tritkit.methods.importance import Importance, read_importance
 from tritkit.methods.mixes import MIXES
+from tritkit.methods.quantizer import quantize_folder
 
 pytest.importorskip("llama_cpp")
 from ggml_peer import quantize_file
@@ -78,6 +79,20 @@ def wide(tmp_path_factory):
     assert metrics["val_loss"] < 0.9 * np.log(settings.model.vocab_size)  # it has learnt something
     export_gguf(open_folder(folder / "model"), folder / "wide.gguf", "f32")
     return folder / "wide.gguf"
+
+
+def test_quantize_weighs_the_head_as_llama_cpp_does(make_model, tmp_path):
+    """A folder that ``tritkit quantize`` makes with an importance matrix, exported as it is."""
+    source, path = make_model("llama", **SIZES, tie_word_embeddings=False), tmp_path / "imatrix.gguf"
+    importance = importance_of(open_folder(source), path)
+    assert any("output" in name for name in importance)
+    quantize_folder(source, tmp_path / "q", "q4_k_m", (), imatrix=path)
+    export_gguf(open_folder(source), tmp_path / "x.gguf", "f32")
+    export_gguf(open_folder(tmp_path / "q"), tmp_path / "ours.gguf")
+    quantize_file(tmp_path / "x.gguf", tmp_path / "theirs.gguf", FILE_TYPES["q4_k_m"], importance, False)
+    ours, theirs = GGUFFile(tmp_path / "ours.gguf"), GGUFFile(tmp_path / "theirs.gguf")
+    assert {n: ours.type_of(n) for n in ours} == {n: theirs.type_of(n) for n in theirs}
+    assert not [n for n in ours if not np.array_equal(ours[n].data, theirs[n].data)]
 
 
 @pytest.mark.slow

@@ -204,6 +204,36 @@ def test_mistakes_get_one_sentence(make, recipe, options, sentence):
         quantize(model, recipe, [torch.randn(2, 12, 8)], **options)
 
 
+class Adapted(Encoder):
+    def __init__(self):
+        super().__init__()
+        for layer in self.layers:
+            layer.adapter = nn.Identity()
+
+
+@pytest.mark.parametrize(
+    ("make", "recipe", "batch", "sentence"),
+    [
+        (Encoder, {"format": "int4_g16"}, torch.full((2, 12, 8), torch.nan), "layers.0 reads values that are not fin"),
+        (Encoder, {"format": "int4_g16"}, torch.zeros(0, 12, 8), r"layers.0 reads an input of shape \(0, 12, 32\)"),
+        (
+            Encoder,
+            {"format": "int8_row", "inputs": "int8_g48"},
+            None,
+            "int8_g48 has groups of 48 columns, but a row of",
+        ),
+        (Encoder, {"format": "int4_g16", "range": "entropy"}, None, "in int4_g16 16 weights of layers.0.q share"),
+        (Residual, {"format": "int8_row", "inputs": "int8_row"}, None, "share one scale, .* name int8_tensor"),
+        (Adapted, {"format": "int4_g16", "correct": "qwt"}, None, "layers.0 has a submodule 'adapter'"),
+        (lambda: Encoder().to("meta"), {"format": "int4_g16"}, None, "the module is on meta, but quantising works on"),
+    ],
+)
+def test_what_cannot_be_is_said(make, recipe, batch, sentence):
+    batches = [] if batch is None else [batch]
+    with pytest.raises(ValueError, match=sentence):
+        quantize(make().eval(), read_recipe(None, recipe), batches)
+
+
 def test_gptq_without_batches_says_so():
     with pytest.raises(ValueError, match="gptq needs calibration data"):
         quantize(Encoder().eval(), read_recipe(None, {"format": "int4_g16", "method": "gptq"}))

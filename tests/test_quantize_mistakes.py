@@ -8,6 +8,7 @@ from float_folder import SHORT, a_folder, a_text, recipe, with_value
 from tritkit.checkpoint import open_folder
 from tritkit.methods import quantizer
 from tritkit.methods.quantizer import quantize_folder
+from tritkit.methods.recipe import LoadedRecipe, Recipe, Rule
 from tritkit.sources import bundled_folder
 
 
@@ -121,4 +122,7 @@ def test_kept_weights_have_no_rounded_inputs(folder, tmp_path):
         quantize_folder(folder, tmp_path / "out", recipe(format="keep", inputs="int8_row"))
     with pytest.raises(ValueError, match=r"in int4_g32 32 weights of model.layers.0.self_attn.q_proj share a scale"):
         quantize_folder(folder, tmp_path / "out", recipe(format="int4_g32", range="entropy"))
+    rules = (Rule(match="*.down_proj", format="int8_row"), Rule(match="*.q_proj", inputs="int8_row"))
+    with pytest.raises(ValueError, match=r"a rule gives .*q_proj inputs 'int8_row', but nothing gives it a format"):
+        quantize_folder(folder, tmp_path / "out", LoadedRecipe(Recipe(), rules))
     assert not list(tmp_path.iterdir()) and open_folder(folder)

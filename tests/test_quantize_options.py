@@ -44,11 +44,20 @@ def test_qwt_is_stored_and_counted(folder, tmp_path, text):
 
 
 def test_qwt_terms_stay_only_where_the_divergence_falls(folder, tmp_path, text):
-    quantize_folder(folder, tmp_path / "q", recipe(format="int2_g32", correct="qwt"), [text], **SHORT)
+    settings = {"format": "int2_g32", "correct": "qwt", "qwt.ridge": "0.1"}
+    quantize_folder(folder, tmp_path / "q", recipe(**settings), [text], **LONG)
     (run,) = results.read(tmp_path / "q")
-    for name, report in run["per_linear"].items():
-        if name.endswith(".adapter") and "divergence_before" in report:
-            assert report["kept"] == (report["divergence_after"] < report["divergence_before"])
+    reports = {n: r for n, r in run["per_linear"].items() if n.endswith(".adapter")}
+    judged = [r for r in reports.values() if "divergence_before" in r]
+    assert judged and all(r["kept"] == (r["divergence_after"] < r["divergence_before"]) for r in judged)
+    # the last layer's is the divergence of the model as it was written
+    model, quantised = open_folder(folder), open_folder(tmp_path / "q")
+    tokens = read_calibration(model.tokenizer(), [text], LONG["sequences"], LONG["length"], 6).held_out
+    with torch.no_grad():
+        p, q = (model_of(m)(tokens).double().log_softmax(-1) for m in (model, quantised))
+    last = reports["model.layers.2.adapter"]
+    found = last["divergence_after" if last["kept"] else "divergence_before"]
+    assert found == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-2)
 
 
 def test_qwt_terms_can_be_trained_on(folder, tmp_path, text):
@@ -124,7 +133,7 @@ def test_an_importance_matrix_of_another_model_is_refused(folder, tmp_path, text
 def test_the_bundled_books_are_the_calibration_where_none_is_named(folder, tmp_path, capfd):
     quantize_folder(folder, tmp_path / "q", recipe(format="int3_row", method="gptq"), None, **SHORT)
     assert "bundled books" in capfd.readouterr().err
-    assert results.read(tmp_path / "q")[0]["settings"]["calibration_sequences"] == 4
+    assert results.read(tmp_path / "q")[0]["metrics"]["calibration_sequences"] == 4
 
 
 def test_a_mix_takes_inputs_embedding_and_head(tmp_path):

@@ -13,11 +13,13 @@ from float_folder import SHORT, a_folder, a_text, distance, recipe
 
 from tritkit import results
 from tritkit.checkpoint import linear_names, open_folder
+from tritkit.engine.torch import model_of
 from tritkit.formats import format_of
 from tritkit.methods.blocks import BlockJob, outputs, quantize_block
 from tritkit.methods.calibration import read_calibration
+from tritkit.methods.partial import Partial
 from tritkit.methods.quantizer import quantize_folder
-from tritkit.methods.recipe import GptqOptions, Plan, Recipe
+from tritkit.methods.recipe import GptqOptions, Plan, Recipe, Rule
 from tritkit.methods.stream import DecoderStream
 
 
@@ -113,6 +115,39 @@ def test_a_transform_alone_changes_nothing(tmp_path, text, transform, family):
     assert not np.allclose(before.tensors[norm].float32(), after.tensors[norm].float32(), rtol=0.01)
 
 
+@pytest.mark.parametrize("family", ["llama", "bitnet"])
+def test_a_transform_leaves_codes_that_are_kept(tmp_path, text, family):
+    """Scales are folded neither into columns nor into rows of matrices whose codes stay as they are."""
+    a_folder(tmp_path / "floats", family, num_key_value_heads=1)
+    quantize_folder(tmp_path / "floats", tmp_path / "model", "int8_g8")
+    keep = [Rule(match=f"*.{name}", format="keep") for name in ("up_proj", "v_proj")]
+    keep += [Rule(match="*.q_proj", format="keep", inputs="int8_row")]
+    distances = []
+    for transform in (None, "smoothquant"):
+        settings = recipe(format="int8_g8", **({"transform": transform} if transform else {})).over(keep)
+        quantize_folder(tmp_path / "model", tmp_path / str(transform), settings, [text], **SHORT)
+        distances.append(distance(tmp_path / "model", tmp_path / str(transform)))
+    assert distances[1] < 5 * distances[0] + 1e-6
+
+
+def test_errors_of_outputs_count_rounded_inputs(folder, tmp_path, text):
+    """8 bits of inputs with one range for all say more of the error than 8 bits of weights."""
+    records = {}
+    for name, more in (("weights", {}), ("both", {"inputs": "int4_row"})):
+        quantize_folder(folder, tmp_path / name, recipe(format="int8_row", **more), [text], **SHORT)
+        records[name] = results.read(tmp_path / name)[0]["per_linear"]["model.layers.0.self_attn.q_proj"]
+    model, both = open_folder(folder), open_folder(tmp_path / "both")
+    tokens = read_calibration(model.tokenizer(), [text], **SHORT).fit
+    layer = model_of(model).model.layers[0]
+    with torch.no_grad():
+        x = layer.input_layernorm(model_of(model).model.embed_tokens(tokens)).flatten(0, 1)
+        wanted = x @ layer.self_attn.q_proj.weight.T
+        found = model_of(both).model.layers[0].self_attn.q_proj(x)
+    error = float((found - wanted).square().sum() / wanted.square().sum())
+    assert records["both"]["output_error"] == pytest.approx(error, rel=1e-3)
+    assert records["both"]["output_error"] > 10 * records["weights"]["output_error"] > 0
+
+
 def test_static_ranges_are_stored(folder, tmp_path, text):
     for name, kind in (("s", "int8_tensor"), ("a", "int8_tensor_asym")):
         settings = recipe(format="int8_row", inputs=kind, inputs_range="percentile")
@@ -167,14 +202,42 @@ def test_a_killed_run_goes_on_at_its_layer(folder, tmp_path, text):
 
 
 def test_another_recipe_does_not_go_on_with_it(folder, tmp_path, text):
-    from tritkit.methods.partial import Partial
-    from tritkit.sources import open_model
-
-    model, data = open_model(folder), None
+    model, data = open_folder(folder), None
     first = Partial.begin(tmp_path / "q", model, recipe(format="int4_g32"), data)
     first.keep("0", {}, {})
     assert Partial.begin(tmp_path / "q", model, recipe(format="int4_g32"), data).layers_done(3) == 1
     assert Partial.begin(tmp_path / "q", model, recipe(format="int3_g32"), data).layers_done(3) == 0
+
+
+def test_another_config_does_not_go_on_with_it(tmp_path):
+    model = open_folder(a_folder(tmp_path / "model"))
+    Partial.begin(tmp_path / "q", model, recipe(format="int4_g32"), None).keep("0", {}, {})
+    config = tmp_path / "model" / "config.json"
+    config.write_text(config.read_text().replace("}", " }"))
+    assert Partial.begin(tmp_path / "q", model, recipe(format="int4_g32"), None).layers_done(3) == 0
+
+
+def test_a_budget_is_measured_once(folder, tmp_path, text, monkeypatch):
+    from tritkit.methods import allocate, layerwise
+
+    settings, calls = recipe(**{"budget.bits": 3.5}), []
+    measure, layer = allocate.measure, layerwise.Layerwise._layer
+    monkeypatch.setattr(allocate, "measure", lambda *args: calls.append(args) or measure(*args))
+
+    def stops(self, number, *rest):
+        if number == 1:
+            raise KeyboardInterrupt
+        return layer(self, number, *rest)
+
+    monkeypatch.setattr(layerwise.Layerwise, "_layer", stops)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_folder(folder, tmp_path / "q", settings, [text], **SHORT)
+    monkeypatch.setattr(layerwise.Layerwise, "_layer", layer)
+    quantize_folder(folder, tmp_path / "q", settings, [text], **SHORT)
+    assert len(calls) == 1
+    quantize_folder(folder, tmp_path / "whole", settings, [text], **SHORT)
+    files = [(tmp_path / n / "model.safetensors").read_bytes() for n in ("q", "whole")]
+    assert len(calls) == 2 and files[0] == files[1]
 
 
 @pytest.mark.slow

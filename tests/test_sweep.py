@@ -209,10 +209,11 @@ def test_other_settings_are_another_sweep(place):
         changed = Settings(**{**vars(place.settings), **change})
         with pytest.raises(ValueError, match=words):
             sweep(changed, [], place.out)
+    assert place.out.read_bytes() == before
     place.out.write_text('{"schema": 1, "runs": []}')
     with pytest.raises(ValueError, match="is no file of a sweep"):
         sweep(place.settings, [], place.out)
-    assert before
+    assert place.out.read_text() == '{"schema": 1, "runs": []}'
 
 
 def test_rows_of_files_that_have_changed_are_refused(place):
@@ -378,6 +379,20 @@ def test_rows_of_a_busy_hour_do_not_spoil_the_estimate(place):
     for _ in range(5):  # rows of the very kind say it best, and the latest ones
         estimate.learn(qwt, 700, 30)
     assert estimate.left([qwt]) == pytest.approx(700 + 30)
+
+
+def test_a_peer_needs_perplexities(place):
+    with pytest.raises(ValueError, match=r"--peer .* compares perplexities"):
+        replace(place.settings, suites=("speed",), peer="llama.cpp")
+
+
+def test_the_calibration_that_was_used_is_named(place):
+    """Not what was asked for, where the context is shorter."""
+    settings = replace(place.settings, length=4096)
+    tree = sweep(settings, [place.recipes["gptq3"]], place.out)
+    used = tree["rows"][1]["metrics"]["calibration_length"]
+    assert used == open_folder(settings.model).config.max_position_embeddings < 4096
+    assert f"{used} tokens of" in markdown(tree) and "4096" not in markdown(tree)
 
 
 def test_rows_without_data_say_nothing_of_calibration(place):

@@ -30,7 +30,7 @@ def rows() -> dict[str, str]:
     found |= {f"mix_{mix}_imatrix": f'mix = "{mix}"\n' for mix in ("q4_k_m", "q3_k_m", "q2_k")}
     found |= {name: f'format = "{name}"\n' for name in ("nf4", "nf4_dq", "fp4")}
     found["q4_1_search"] = 'format = "q4_1"\nexact = true\n'
-    found["int4_g32_asym_rtn"] = 'format = "int4_g32_asym"\nexact = true\n'
+    found["int4_g32_asym_rtn"] = 'format = "int4_g32_asym"\n'
     found["llm_int8"] = 'format = "int8_row"\ninputs = "int8_row+outliers"\n'
     found["w8a8_dynamic"] = 'format = "int8_row"\ninputs = "int8_row"\n'
     for method in RANGES:

@@ -258,7 +258,7 @@ def _solve(job: BlockJob, name: str, stats: InputStats | None) -> None:
         raise ValueError(f"{name}: {plan.format.name if plan.format else ''} cannot hold its weights: the scales are "
                          "not finite")  # fmt: skip
     seconds = time.perf_counter() - began
-    job.done[name] = Quantised(weight, inputs, record_of(before, after, weight, plan, stats, seconds))
+    job.done[name] = Quantised(weight, inputs, record_of(before, after, weight, plan, stats, seconds, inputs))
     parameter = parameter_of(module)
     parameter.data = after.reshape(parameter.shape).to(parameter.dtype)
     if inputs is not None:

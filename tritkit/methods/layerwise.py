@@ -24,6 +24,7 @@ from .partial import Partial, stored
 from .qwt import Compensation
 from .recipe import LoadedRecipe, Plan
 from .record import record_of
+from .stats import InputStats
 from .steps import Step, run_block
 from .stream import STRIP, DecoderStream
 from .transforms import apply, folds, require_same, scale_of
@@ -84,10 +85,12 @@ class Layerwise:
             if record is None:
                 began = time.perf_counter()
                 before = torch.from_numpy(self.model.floats(name))
-                weight = METHODS[plan.method](before, plan, None, self.loaded.recipe)
+                known = self.importance.get(name)  # of columns; there are no statistics of what tables read
+                stats = None if known is None else InputStats(before.shape[1]).weighed(known)
+                weight = METHODS[plan.method](before, plan, stats, self.loaded.recipe)
                 arrays = rtn.packed(weight, layout_of(plan)).arrays
                 after = weight.dequantize()
-                record = record_of(before, after, weight, plan, None, time.perf_counter() - began)
+                record = record_of(before, after, weight, plan, stats, time.perf_counter() - began)
                 self.partial.keep(name, {f"{name}.{k}": stored(a) for k, a in arrays.items()}, {name: record})
                 record = self.partial.record(name)
             self.records |= record or {}
@@ -160,7 +163,7 @@ class Layerwise:
         before = job.call(layer, 0, job.inputs[0])
         for fold in folds(self.model.config):
             names = [at + reader for reader in fold.readers]
-            if any(self.plans[n].format is None and self.plans[n].inputs is None for n in names):
+            if not self._can_take(at + fold.source) or any(self.plans[n].format is None for n in names):
                 continue
             stats = collect(job, [names])[names[0]]
             scale = scale_of(layer, fold, stats, {r: self.plans[at + r] for r in fold.readers}, self.loaded.recipe)
@@ -174,6 +177,11 @@ class Layerwise:
                 changed.append(f"{fold.source}.bias")
         require_same(before, job.call(layer, 0, job.inputs[0]), at.rstrip("."))
         return changed
+
+    def _can_take(self, source: str) -> bool:
+        """Whether other weights can be stored for it: not where codes stay as they are."""
+        planned = source in self.plans and self.plans[source].format is not None
+        return planned or source not in self.model.layouts
 
     @torch.no_grad()
     def _again(self, number: int, inputs: list, held: list) -> Step:

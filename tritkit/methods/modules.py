@@ -20,11 +20,13 @@ from . import rtn
 from .batches import held_out, run, split
 from .blocks import BlockJob, Quantised, is_matrix, parameter_of
 from .finetune import finetune
+from .planning import require_shape
 from .recipe import LoadedRecipe, Recipe, as_recipe, plans_of
 from .steps import run_block
 from .undo import Snapshot, without_shortcuts
 from .watch import Arguments, Watch, blocks_of, state_of, uncalled, with_state
 
+ADAPTER = "adapter"  # of a block: the term that compensates it
 Distance = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -85,8 +87,14 @@ class _Modules:
             raise ValueError("budget.bits is for model folders; a module takes formats, methods, inputs and correct")
         if model.training:
             raise ValueError("the module is in training; call its eval() first")
+        elsewhere = next((p.device for p in model.parameters() if p.device.type != "cpu"), None)
+        if elsewhere is not None:
+            raise ValueError(f"the module is on {elsewhere}, but quantising works on the CPU; move it there first")
         self.model, self.loaded, self.recipe = model, loaded, recipe
         self.blocks = blocks_of(model, blocks)
+        taken = next((name for name, block in self.blocks.items() if hasattr(block, ADAPTER)), None)
+        if recipe.correct and taken is not None:
+            raise ValueError(f"{taken} has a submodule {ADAPTER!r}, the name of a compensation's term, already")
         self.linears = {
             block: {f"{block}.{n}": m for n, m in module.named_modules() if is_matrix(m)}
             for block, module in self.blocks.items()
@@ -138,7 +146,7 @@ class _Modules:
             self._store(name, found)
         for batch in self.batches[:1]:
             run(self.model, batch)  # what cannot run on stored linears says so while it can still be put back
-        kept = [self.blocks[name].get_submodule("adapter") for name, entry in adapters.items() if entry["kept"]]
+        kept = [self.blocks[name].get_submodule(ADAPTER) for name, entry in adapters.items() if entry["kept"]]
         tuned = self._finetune(kept, wanted) if self.recipe.qwt.finetune and kept and held else None
         weights = sum(q.weight.codes.numel() for q in done.values() if q.weight is not None)
         size = sum(rtn.packed(q.weight).nbytes for q in done.values() if q.weight is not None)
@@ -170,11 +178,11 @@ class _Modules:
     def _require_fit(self) -> None:
         for name, plan in self.plans.items():
             module = next(group[name] for group in self.linears.values() if name in group)
-            columns = parameter_of(module).flatten(1).shape[1]
-            if plan.format is not None and plan.format.block and columns % plan.format.block:
+            require_shape(name, plan, *parameter_of(module).flatten(1).shape)
+            if isinstance(module, nn.Conv2d) and plan.input_format and plan.input_format.group != "tensor":
                 raise ValueError(
-                    f"{plan.format.name} has groups of {plan.format.block} columns, but a row of {name} has {columns}; "
-                    "choose a group size that divides them"
+                    f"{name} is a convolution, whose inputs share one scale, but {plan.inputs} has many; "
+                    f"name {plan.input_format.name.split('_')[0]}_tensor"
                 )
 
     def _capture(self, first: str) -> tuple[list[Tensor], list[Tensor]]:
@@ -240,7 +248,7 @@ class _Modules:
     def _install(self, block: nn.Module, term: Any) -> int:
         """The compensation as a part of the block; its size in bytes."""
         adapter = term.module()
-        block.add_module("adapter", adapter)
+        block.add_module(ADAPTER, adapter)
         block.register_forward_hook(_compensate)
         return sum(p.numel() * p.element_size() for p in (*adapter.parameters(), *adapter.buffers()))
 
@@ -258,7 +266,7 @@ class _Modules:
 
 
 def _compensate(block: nn.Module, args: tuple, output: Any) -> Any:
-    adapter = block.get_submodule("adapter")
+    adapter = block.get_submodule(ADAPTER)
     return with_state(output, state_of(output) + adapter(args[0]))
 
 

@@ -49,7 +49,8 @@ class Partial:
         """The place for that work: what an earlier run of the very same left there, or a new one. more: what else
         the result depends on."""
         folder = out.absolute().with_name(f".{out.name}.partial")
-        files = [model.path] if model.path.is_file() else sorted(model.path.glob("*.safetensors"))
+        parts = [*model.path.glob("*.safetensors"), model.path / "config.json"]
+        files = [model.path] if model.path.is_file() else sorted(parts)
         facts = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
         job = [facts, loaded.text(), None if data is None else data.digest(), __version__, *more]
         digest = hashlib.sha256(json.dumps(job).encode()).hexdigest()

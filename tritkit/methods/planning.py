@@ -43,6 +43,9 @@ def _linear(model: ModelFolder, loaded: LoadedRecipe, name: str, values: Setting
         for option in recipe.budget.options:  # ValueError before anything is measured
             plan_of({**values, "format": option})
     elif values["format"] is None:  # rules alone say what changes
+        alone = [k for k, v in values.items() if v is not None and v != getattr(recipe, k)]
+        if alone:
+            raise ValueError(f"a rule gives {name} {alone[0]} {values[alone[0]]!r}, but nothing gives it a format")
         return Plan()
     elif values["format"] == KEEP and values["inputs"] is not None and name not in model.layouts:
         raise ValueError(f"inputs are {values['inputs']}, but the weights of {name} stay floats; give them a format")
@@ -67,23 +70,27 @@ def what_needs(plan: Plan, loaded: LoadedRecipe) -> str:
 def require_fit(model: ModelFolder, plans: Mapping[str, Plan]) -> None:
     """ValueError, before any work, for a format whose groups do not divide a row, or that no layout holds."""
     for name, plan in plans.items():
-        rows, columns = matrix_shape(model.config, name)
-        for format in (plan.format, plan.input_format):
-            if format is not None and format.block and columns % format.block:
-                raise ValueError(
-                    f"{format.name} has groups of {format.block} columns, but a row of {name} has {columns}; "
-                    f"choose a group size that divides {columns}"
-                )
-        if plan.format is None:
-            continue
-        if layout_of(plan) not in LAYOUTS:
+        require_shape(name, plan, *matrix_shape(model.config, name))
+        if plan.format is not None and layout_of(plan) not in LAYOUTS:
             raise ValueError(f"{name}: no layout holds weights in {plan.format.name}")
-        together = plan.format.block or (columns if plan.format.group == "row" else rows * columns)
-        if plan.range == "entropy" and together < BINS:
+
+
+def require_shape(name: str, plan: Plan, rows: int, columns: int) -> None:
+    """ValueError where the formats of a plan do not fit a matrix [rows, columns]."""
+    for format in (plan.format, plan.input_format):
+        if format is not None and format.block and columns % format.block:
             raise ValueError(
-                f"entropy looks at a histogram of {BINS} bins, but in {plan.format.name} {together} weights of {name} "
-                "share a scale; mse is for such groups"
+                f"{format.name} has groups of {format.block} columns, but a row of {name} has {columns}; "
+                f"choose a group size that divides {columns}"
             )
+    if plan.format is None:
+        return
+    together = plan.format.block or (columns if plan.format.group == "row" else rows * columns)
+    if plan.range == "entropy" and together < BINS:
+        raise ValueError(
+            f"entropy looks at a histogram of {BINS} bins, but in {plan.format.name} {together} weights of {name} "
+            "share a scale; mse is for such groups"
+        )
 
 
 def require_weighed(loaded: LoadedRecipe, plans: Mapping[str, Plan], imatrix: object) -> None:

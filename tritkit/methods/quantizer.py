@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from ..checkpoint import (
     HEAD,
     ModelFolder,
     copy_companions,
-    linear_names,
     matrix_names,
     matrix_shape,
     open_folder,
@@ -48,7 +48,7 @@ from .planning import (
     warnings_of,
     what_needs,
 )
-from .recipe import LoadedRecipe, Plan, Recipe, as_recipe
+from .recipe import LoadedRecipe, Plan, Recipe, Rule, as_recipe
 
 
 def quantize_folder(
@@ -100,17 +100,15 @@ def quantize_folder(
         data = read_calibration(
             model.tokenizer(), calibration, sequences, length, held, model.config.max_position_embeddings, text_field
         )
-    if loaded.recipe.budget.bits is not None:
-        from .allocate import rules_for
-
-        assert data is not None
-        loaded = loaded.over(rules_for(model, loaded, data))
-    plans = all_plans(model, loaded, data is not None or imatrix is not None)
-    for warning in warnings_of(model, plans):
-        console().print(f"warning: {warning}", style="yellow", soft_wrap=True)
     weights = {} if imatrix is None else importance_of(model, Path(imatrix), data)
     partial = Partial.begin(out, model, loaded, data, _digest(weights))
     try:
+        if loaded.recipe.budget.bits is not None:
+            assert data is not None
+            loaded = loaded.over(_rules(model, loaded, data, partial))
+        plans = all_plans(model, loaded, data is not None or imatrix is not None)
+        for warning in warnings_of(model, plans):
+            console().print(f"warning: {warning}", style="yellow", soft_wrap=True)
         quantizer = Layerwise(model, loaded, plans, data, partial, weights)
         quantizer.run()
         tuned = quantizer.finetune() if loaded.recipe.correct and loaded.recipe.qwt.finetune else None
@@ -121,6 +119,17 @@ def quantize_folder(
         raise
     partial.remove()
     return metrics
+
+
+def _rules(model: ModelFolder, loaded: LoadedRecipe, data: Calibration, partial: Partial) -> list[Rule]:
+    """What a budget of bits becomes; what an earlier run found, which took long, is not measured again."""
+    from .allocate import rules_for
+
+    found = partial.record("rules")
+    if found is None:
+        found = {"rules": [asdict(rule) for rule in rules_for(model, loaded, data)]}
+        partial.keep("rules", {}, found)
+    return [Rule(**rule) for rule in found["rules"]]
 
 
 def _digest(weights: Mapping[str, torch.Tensor]) -> str:
@@ -137,13 +146,13 @@ def bundled_text() -> Path:
 
 
 def importance_of(model: ModelFolder, path: Path, data: Calibration | None) -> dict[str, torch.Tensor]:
-    """The importance of the columns of each linear that the file speaks of; measured and written where it is not."""
+    """The importance of the columns of each matrix that the file speaks of; measured and written where it is not."""
     if not path.exists():
         assert data is not None
         collect_importance(model, data).save(path)
     found = read_importance(path)
     weights = {}
-    for name in linear_names(model.config):
+    for name in matrix_names(model.config):
         values = found.of(name)
         if values is None:
             continue
@@ -218,13 +227,8 @@ def _write(
     }
     if loaded.recipe.exact:
         metrics["exact"] = True
-    data = quantizer.data
-    settings = {
-        "parent": str(model.path),
-        "recipe": loaded.text(),
-        "calibration": list(calibration),
-        "calibration_sequences": 0 if data is None else len(data.fit),
-        "calibration_length": 0 if data is None else data.fit.shape[1],
-    }
+    if quantizer.data is not None:  # what the text and the model's context had room for
+        metrics["calibration_sequences"], metrics["calibration_length"] = quantizer.data.fit.shape
+    settings = {"parent": str(model.path), "recipe": loaded.text(), "calibration": list(calibration)}
     results.record(out, "quantize", settings, metrics, quantizer.records, begins=True)
     return metrics

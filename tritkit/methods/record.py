@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from ..formats import QTensor
+from ..kernels.floats import linear
+from ..stored import InputQuantizer
 from .recipe import Plan
 from .stats import BINS, OUTLIER, InputStats, decibels
 
@@ -16,10 +18,19 @@ PART = 1 << 23  # values that a histogram counts at a time: its counts are float
 
 
 def record_of(
-    before: Tensor, after: Tensor, weight: QTensor | None, plan: Plan, stats: InputStats | None, seconds: float
+    before: Tensor,
+    after: Tensor,
+    weight: QTensor | None,
+    plan: Plan,
+    stats: InputStats | None,
+    seconds: float,
+    inputs: InputQuantizer | None = None,
 ) -> dict[str, Any]:
-    """before, after: float32 [out, in], the weights and what the codes stand for. Errors of outputs are relative to
-    the outputs' own size: |D x|^2 / |W x|^2, mean over calibration tokens."""
+    """before, after: float32 [out, in], the weights and what the codes stand for; inputs: what x goes through first.
+
+    Errors of outputs are relative to the outputs' own size: |W~ x~ - W x|^2 / |W x|^2, a mean over all calibration
+    tokens, or over a sample of them where inputs are rounded.
+    """
     difference = after - before
     signal, noise = mean_square(before), mean_square(difference)
     found: dict[str, Any] = {
@@ -34,13 +45,22 @@ def record_of(
     }
     if stats is None or not stats.tokens:
         return found
-    output = stats.output_error(before)
     about = stats.once("record", lambda: inputs_record(stats))
-    found |= {"output_error": stats.output_error(difference) / output if output else 0.0, **about["facts"]}
+    found |= {"output_error": _output_error(before, after, stats, inputs), **about["facts"]}
     found["histograms"]["inputs"] = about["histogram"]
     if "note" in stats.derived:
         found["note"] = stats.derived["note"]
     return found
+
+
+def _output_error(before: Tensor, after: Tensor, stats: InputStats, inputs: InputQuantizer | None) -> float:
+    if inputs is None:
+        noise, signal = stats.output_error(after - before), stats.output_error(before)
+    else:
+        rows = stats.rows()
+        wanted = linear(rows, before)
+        noise, signal = mean_square(linear(inputs(rows), after) - wanted), mean_square(wanted)
+    return noise / signal if signal else 0.0
 
 
 def mean_square(values: Tensor) -> float:

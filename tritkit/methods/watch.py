@@ -70,6 +70,10 @@ class Watch:
     def _enter(self, name: str, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if not args:
             raise ValueError(f"{name} is called by keywords alone; its input has to be the first argument")
+        if not args[0].numel():
+            raise ValueError(f"{name} reads an input of shape {tuple(args[0].shape)}: a batch is empty")
+        if not torch.isfinite(args[0]).all():
+            raise ValueError(f"{name} reads values that are not finite: look at the batches and the weights before it")
         if name in self.calls:
             raise ValueError(f"{name} is called twice, so the blocks are not in sequence")
         follows = self.before is None or (self.before.shape == args[0].shape and torch.equal(self.before, args[0]))

@@ -47,6 +47,9 @@ class Settings:
                 raise ValueError(f"there is no suite {suite!r}; {hint}")
         if not self.suites:
             raise ValueError(f"--suites is empty; known are {', '.join(SUITES)}")
+        if self.peer is not None and not self.protocols():
+            raise ValueError(f"--peer {self.peer} compares perplexities, but --suites has neither perplexity nor "
+                             "divergence")  # fmt: skip
         for name in ("chunks", "windows"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} is {getattr(self, name)}, expected 0 (all of the text) or more")

@@ -90,16 +90,24 @@ def notes(tree: dict[str, Any]) -> list[str]:
         if m is not None:
             found.append(f"{protocol}: {m[f'{name}_tokens']:,} predictions in windows of {m[f'{name}_context']} of "
                          f"{m[f'{name}_text']}.")  # fmt: skip
-    if any(row.get("calibrated") for row in rows):
+    calibrated = [row for row in rows if row.get("calibrated") and row["error"] is None]
+    if calibrated:
         names = ", ".join(Path(source).name for source in settings["calibration"]) or "the bundled books"
-        size = f"{settings['sequences']} x {settings['length']} tokens"
-        found.append(f"Calibration, where a method has one: {size} of {names}.")
+        size = " or ".join(dict.fromkeys(_calibration(row, settings) for row in calibrated))
+        found.append(f"Calibration, where a method has one: {size} tokens of {names}.")
     found += _engines(rows)
     if any(row["exact"] for row in rows):
         found.append("† is exact by construction: the parent's weights lie on this very grid already.")
     machine = tree["machine"]
     found.append(f"Machine: {machine['cpu']}, {machine['cores']} cores.")
     return found
+
+
+def _calibration(row: Row, settings: dict[str, Any]) -> str:
+    """What was used, which text and context bound."""
+    asked = {"calibration_sequences": settings["sequences"], "calibration_length": settings["length"]}
+    used = asked | row["metrics"]
+    return f"{used['calibration_sequences']} x {used['calibration_length']}"
 
 
 def _engines(rows: Sequence[Row]) -> list[str]:
