@@ -1,12 +1,11 @@
 // The quantisers of ggml for Python; tritkit/layouts/search.py is their face and says in words what these refuse.
-#include "bindings_quantize.h"
-
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
 #include <optional>
 
+#include "bindings.h"
 #include "ggml_quantize.h"
 
 namespace nb = nanobind;
