@@ -38,10 +38,14 @@ $(INSTALLED): $(SOURCES)
 	    echo "building tritkit and installing the rest" && $(PIP) --quiet --no-build-isolation -e '.[dev]' && \
 	    echo $$(($$(date +%s) - start)) > $@ && echo "set up in $$(cat $@) s"
 
+# What the extra "interop" names, but for tritkit itself.
+PEERS_OF = import tomllib; extra = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; \
+    print(*(name for name in extra['interop'] if 'tritkit' not in name))
+
 # llama.cpp comes as source. pip keeps what it has compiled, so only the first time takes long.
 $(PEERS): $(INSTALLED) constraints-cpu.txt
 	@start=$$(date +%s) && echo "compiling llama-cpp-python: ten minutes on two cores, the first time" && \
-	    $(PIP) --quiet llama-cpp-python && echo $$(($$(date +%s) - start)) > $@ && echo "peers set up in $$(cat $@) s"
+	    $(PIP) --quiet $$($(BIN)/python -c "$(PEERS_OF)") && echo $$(($$(date +%s) - start)) > $@ && echo "peers set up in $$(cat $@) s"
 
 demo: $(INSTALLED) ## the whole path: generate, train three small models, pack, evaluate, compare
 	@echo "set-up: $$(cat $(INSTALLED)) s, done once"
