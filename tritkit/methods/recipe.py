@@ -32,8 +32,9 @@ class GptqOptions:
     """Frantar et al. 2022. damping: share of the mean diagonal that is added to the Hessian; columns: of a lazy batch;
     act_order: columns of large inputs first, which fixes the grids of groups beforehand (static groups). In models with
     a few massive channels, which are most, the order decides whether GPTQ gains anything (docs/log.md). sink: in
-    decoders, how many tokens the first one of a sequence counts for: all others attend to it, so an error in its keys
-    and values reaches each of them, while it is one row of thousands in the Hessian (1: as in the paper)."""
+    decoders (model folders; modules have none), how many tokens the first one of a sequence counts for: all others
+    attend to it, so an error in its keys and values reaches each of them, while it is one row of thousands in the
+    Hessian (1: as in the paper)."""
 
     damping: float = 0.01
     sink: float = 64.0
