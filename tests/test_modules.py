@@ -7,6 +7,7 @@ from torch import nn
 from tritkit import quantize
 from tritkit.formats import format_of
 from tritkit.methods.recipe import LoadedRecipe, QwtOptions, Recipe, Rule, read_recipe
+from tritkit.methods.stats import SAMPLE, InputStats
 from tritkit.methods.watch import blocks_of
 from tritkit.stored import StoredLinear
 
@@ -105,7 +106,6 @@ def test_convolutions_are_matrices():
 def test_input_statistics_of_a_convolution_are_those_of_its_windows():
     """Equation of the layer-wise error: |D * x|^2 of the convolution itself is trace(D H D^T)."""
     from tritkit.methods.blocks import input_rows
-    from tritkit.methods.stats import InputStats
 
     conv, x = nn.Conv2d(3, 5, 3, stride=2, padding=1, bias=False), torch.randn(2, 3, 9, 9)
     stats = InputStats(27)
@@ -117,7 +117,6 @@ def test_input_statistics_of_a_convolution_are_those_of_its_windows():
 
 def test_statistics_see_every_row_and_sample_from_all_over():
     from tritkit.methods.ranges import RangeObserver
-    from tritkit.methods.stats import SAMPLE, InputStats
 
     stats, format = InputStats(4), format_of("int8_tensor")
     stats.observers["absmax"] = RangeObserver(format, ("absmax",))
@@ -129,7 +128,7 @@ def test_statistics_see_every_row_and_sample_from_all_over():
     rows = stats.rows()
     assert SAMPLE / 2 <= len(rows) <= SAMPLE and set(rows[:, 0].tolist()) == set(range(40))
     wanted = sum(c.double().t() @ c.double() for c in chunks)
-    assert torch.allclose(stats.hessian, wanted, rtol=1e-5)
+    assert torch.allclose(stats.hessian, wanted, rtol=1e-5) and torch.equal(stats.squares, stats.hessian.diagonal())
 
 
 def test_blocks_are_found():
@@ -431,3 +430,16 @@ def test_some_batches_stay_for_fitting():
     model, batches = encoder()
     recipe = Recipe(format="int3_g16", correct="qwt", qwt=QwtOptions(held_out=0.99))
     assert quantize(model, LoadedRecipe(recipe), batches[:2])["adapters"]
+
+
+def test_statistics_without_pairs_know_the_same_but_the_error_of_a_sample():
+    """Of some 2048 rows: the error of their mean is a few per cent."""
+    torch.manual_seed(0)
+    rows = torch.randn(6000, 24) * torch.linspace(0.1, 3, 24)
+    whole, part = InputStats(24), InputStats(24, paired=False)
+    for stats in (whole, part):
+        for chunk in rows.split(1000):
+            stats.update(chunk)
+    assert torch.allclose(whole.second_moment, part.second_moment, rtol=1e-5) and part.hessian.numel() == 0
+    difference = torch.randn(8, 24)
+    assert part.output_error(difference) == pytest.approx(whole.output_error(difference), rel=0.05)

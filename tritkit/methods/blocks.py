@@ -125,7 +125,7 @@ def quantize_block(job: BlockJob) -> list[Tensor] | None:
             for name in stage:
                 _solve(job, name, stats[name])
         return None
-    stats = collect(job, stages, job.before)
+    stats = collect(job, stages, job.before, paired=False)
     for stage in stages:
         for name in stage:
             _solve(job, name, stats[name])
@@ -194,9 +194,9 @@ def stages_of(job: BlockJob, wanted: Mapping[str, nn.Module]) -> list[list[str]]
     return stages + [[name] for name in wanted if name not in called]
 
 
-def new_stats(job: BlockJob, names: Sequence[str], features: int) -> InputStats:
+def new_stats(job: BlockJob, names: Sequence[str], features: int, paired: bool = True) -> InputStats:
     """Empty statistics for the inputs of these linears, with an observer for each static range that they want."""
-    stats = InputStats(features)
+    stats = InputStats(features, paired)
     for plan in (job.plans[name] for name in names):
         format = plan.input_format
         if plan.inputs_range is not None and isinstance(format, Integer):
@@ -205,10 +205,10 @@ def new_stats(job: BlockJob, names: Sequence[str], features: int) -> InputStats:
 
 
 def collect(
-    job: BlockJob, stages: Sequence[Sequence[str]], results: list[Tensor] | None = None
+    job: BlockJob, stages: Sequence[Sequence[str]], results: list[Tensor] | None = None, paired: bool = True
 ) -> dict[str, InputStats]:
     """Statistics of the inputs of these stages over all chunks; linears of a stage share theirs. results: takes what
-    the block returns, where somebody wants it."""
+    the block returns, where somebody wants it; paired: with products of two inputs, as ``InputStats`` has them."""
     found: dict[str, InputStats] = {}
     handles = []
 
@@ -222,7 +222,7 @@ def collect(
 
     for number, stage in enumerate(stages):
         module = job.linears[stage[0]]
-        stats = new_stats(job, stage, matrix_of(module).shape[1])
+        stats = new_stats(job, stage, matrix_of(module).shape[1], paired)
         found |= dict.fromkeys(stage, stats)
         alone = len(stages) == 1 and number == 0 and results is None
         handles.append(module.register_forward_pre_hook(hook_of(stats, alone)))

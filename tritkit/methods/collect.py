@@ -24,8 +24,8 @@ def collect_importance(model: ModelFolder, data: Calibration) -> Importance:
             at, layer = f"model.layers.{number}.", stream.layer(number)
             linears = {n: layer.get_submodule(n[len(at) :]) for n in names if n.startswith(at)}
             job = BlockJob(layer, linears, dict.fromkeys(linears, Plan()), Recipe(), stream.call, states)
-            for name, stats in collect(job, stages_of(job, linears)).items():
-                found.add(name, stats.hessian.diagonal().numpy(), stats.tokens)
-            states = [stream.call(layer, i, x) for i, x in enumerate(states)]
+            states = []
+            for name, stats in collect(job, stages_of(job, linears), states, paired=False).items():
+                found.add(name, stats.squares.numpy(), stats.tokens)
             advance()
     return found

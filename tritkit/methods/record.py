@@ -29,7 +29,7 @@ def record_of(
     """before, after: float32 [out, in], the weights and what the codes stand for; inputs: what x goes through first.
 
     Errors of outputs are relative to the outputs' own size: |W~ x~ - W x|^2 / |W x|^2, a mean over all calibration
-    tokens, or over a sample of them where inputs are rounded.
+    tokens, or over a sample of them where inputs are rounded or the method has no use for products of inputs.
     """
     difference = after - before
     signal, noise = mean_square(before), mean_square(difference)

@@ -12,22 +12,26 @@ import torch
 from torch import Tensor
 
 from ..inputs import THRESHOLD as OUTLIER
-from ..kernels.floats import second_moment
+from ..kernels.floats import linear, second_moment
 
 T = TypeVar("T")
 
 BINS = 64
 SAMPLE = 8192  # rows that histograms look at, at most
+FEW = 2048  # rows that stand for all where an error is to be known, about
 
 
 @dataclass
 class InputStats:
     """Sums over the tokens that a linear has read. hessian: float64 [in, in], the sum of x x^T (GPTQ's H is twice its
-    mean); absolute: sum of |x|; largest: of |x|; each float64 or float32 [in]."""
+    mean), where it is ``paired``, which takes as long as multiplying by a weight; squares: its diagonal; absolute: sum
+    of |x|; largest: of |x|; each float64 or float32 [in]."""
 
     features: int
+    paired: bool = True
     tokens: int = 0
     hessian: Tensor = field(init=False)
+    squares: Tensor = field(init=False)
     absolute: Tensor = field(init=False)
     largest: Tensor = field(init=False)
     outliers: int = 0  # inputs of at least OUTLIER
@@ -39,7 +43,9 @@ class InputStats:
     derived: dict[Any, Any] = field(default_factory=dict)  # what was computed of them, once for all that read them
 
     def __post_init__(self) -> None:
-        self.hessian = torch.zeros(self.features, self.features, dtype=torch.float64)
+        columns = self.features if self.paired else 0
+        self.hessian = torch.zeros(columns, columns, dtype=torch.float64)
+        self.squares = torch.zeros(self.features, dtype=torch.float64)
         self.absolute = torch.zeros(self.features, dtype=torch.float64)
         self.largest = torch.zeros(self.features)
 
@@ -58,7 +64,12 @@ class InputStats:
             raise ValueError("the model's activations on the calibration data are not finite")
         size = rows.abs()
         self.tokens += len(rows)
-        self.hessian += second_moment(rows).double().cpu()
+        if self.paired:
+            product = second_moment(rows).double().cpu()
+            self.hessian += product
+            self.squares += product.diagonal()
+        else:
+            self.squares += rows.square().sum(0).double().cpu()
         self.absolute += size.sum(0).double().cpu()
         self.largest = torch.maximum(self.largest, size.amax(0).cpu())
         self.outliers += int((size >= OUTLIER).sum())
@@ -72,7 +83,7 @@ class InputStats:
     @property
     def second_moment(self) -> Tensor:
         """Mean of x^2 of each input, float32 [in]: the importance matrix of llama.cpp."""
-        return (self.hessian.diagonal() / max(self.tokens, 1)).float()
+        return (self.squares / max(self.tokens, 1)).float()
 
     def mean_absolute(self) -> Tensor:
         """Mean of |x| of each input, float32 [in]."""
@@ -89,7 +100,12 @@ class InputStats:
         return self.derived[key]
 
     def output_error(self, difference: Tensor) -> float:
-        """Mean over tokens of |difference . x|^2, difference float32 [out, in]: trace(D H D^T) / tokens."""
+        """Mean over tokens of |difference . x|^2, difference float32 [out, in]: trace(D H D^T) / tokens; over some of
+        them where there is no H."""
+        if not self.paired:
+            rows = self.rows()
+            rows = rows[:: max(len(rows) // FEW, 1)]
+            return float(linear(rows, difference).square().sum(dtype=torch.float64)) / max(len(rows), 1)
         hessian = self.once("hessian32", self.hessian.float)
         return max(float(((difference @ hessian) * difference).sum(dtype=torch.float64)), 0.0) / max(self.tokens, 1)
 
