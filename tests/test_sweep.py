@@ -334,6 +334,7 @@ def test_small_numbers_have_digits_enough():
 
     assert cell(0.0, 0.0) == "0.0000" and cell(0.49291, 0.0273) == "0.4929 ± 0.0273"
     assert cell(0.000179312, 3.1e-6) == "0.000179 ± 0.000003"
+    assert cell(7592384.14, 431240.8) == "7,592,384 ± 431,241"
 
 
 def test_the_suite_speed_is_bench(make_folder):

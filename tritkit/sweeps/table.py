@@ -14,6 +14,7 @@ from rich.table import Table
 from ..files import atomic_open
 
 Row = dict[str, Any]
+LARGE = 1000.0  # perplexities of ruins, whose fractions say nothing
 
 
 def _with_error(name: str, digits: int, of: float = 1.0) -> Callable[[Row], str]:
@@ -23,6 +24,8 @@ def _with_error(name: str, digits: int, of: float = 1.0) -> Callable[[Row], str]
         value, error = row["metrics"].get(name), row["metrics"].get(f"{name}_error")
         if value is None:
             return ""
+        if value >= LARGE:
+            return f"{value:,.0f} ± {error:,.0f}" if error else f"{value:,.0f}"
         if not error:
             return f"{of * value:.{digits}f}"
         shown = max(digits, -math.floor(math.log10(of * error)))
