@@ -1,7 +1,6 @@
 """The recipes of the table in docs/quantisation.md, a file for each row.
 
-python tools/table_recipes.py OUT
-tritkit sweep MODEL OUT/*.toml --calibration TEXT --data TEST --out sweep.json
+tritkit sweep MODEL $(python tools/table_recipes.py OUT) --calibration TEXT --data TEST --out sweep.json
 """
 
 from __future__ import annotations
@@ -11,6 +10,14 @@ from pathlib import Path
 
 MIXES = ("q8_0", "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k")
 RANGES = ("absmax", "percentile", "mse", "entropy")
+TWIN = """
+int8_g64_rtn int8_g64_gptq int4_g64_rtn int4_g64_gptq int4_g64_rtn_qwt int4_g64_gptq_qwt int4_row_rtn int4_row_gptq
+int4_row_rtn_qwt int4_row_gptq_qwt int3_g64_rtn int3_g64_gptq int3_g64_rtn_qwt int3_g64_gptq_qwt int2_g64_rtn
+int2_g64_gptq int2_g64_rtn_qwt int2_g64_gptq_qwt q4_0_search mix_q6_k mix_q5_k_m mix_q4_k_m mix_q4_k_m_imatrix
+mix_q3_k_m mix_q3_k_m_imatrix mix_q2_k mix_q2_k_imatrix nf4 llm_int8 w8a8_dynamic w8a8_static_absmax
+w8a8_static_percentile w8a8_static_mse w8a8_static_entropy bits_3.5 bits_3.5_gptq ternary_rtn ternary_gptq
+binary_gptq
+""".split()  # noqa: SIM905  the rows that are measured on the full-precision twin too
 SEARCH = {8: "q8_0", 5: "q5_0", 4: "q4_0"}  # those that SmolLM2's rows of 576 can be cut into
 
 
@@ -58,11 +65,14 @@ def rows() -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the recipes")
-    out = parser.parse_args().out
-    out.mkdir(parents=True, exist_ok=True)
+    parser.add_argument("--twin", action="store_true", help="only the rows of the table on the full-precision twin")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
     for name, text in rows().items():
-        (out / f"{name}.toml").write_text(f'name = "{name}"\n{text}')
-    print(f"{len(rows())} recipes in {out}")
+        if name in TWIN or not options.twin:
+            path = options.out / f"{name}.toml"
+            path.write_text(f'name = "{name}"\n{text}')
+            print(path)  # for the command line of a sweep, in the order of the table
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Products of floats on a CPU. torch's own go through MKL, which on AMD's processors leaves half of the machine unused:
-196 against 450 Gflop/s with 2 threads of Zen 5 (docs/log.md). oneDNN, which torch also holds, does not."""
+"""Products of floats on a CPU. torch's own go through MKL, which on AMD's processors leaves half of the machine unused;
+oneDNN, which torch also holds, does not (benchmarks/float_products.py, docs/log.md)."""
 
 from __future__ import annotations
 

@@ -245,7 +245,7 @@ def _solve(job: BlockJob, name: str, stats: InputStats | None) -> None:
     began = time.perf_counter()
     before = matrix_of(module)
     if name in job.importance:  # of this linear alone, whatever it shares with others
-        stats = (stats or InputStats(before.shape[1])).weighed(job.importance[name])
+        stats = (stats or InputStats(before.shape[1], paired=False)).weighed(job.importance[name])
     if not torch.isfinite(before).all():
         raise ValueError(f"{name}.weight has values that are not finite: the model is damaged")
     try:

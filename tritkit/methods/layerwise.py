@@ -86,7 +86,7 @@ class Layerwise:
                 began = time.perf_counter()
                 before = torch.from_numpy(self.model.floats(name))
                 known = self.importance.get(name)  # of columns; there are no statistics of what tables read
-                stats = None if known is None else InputStats(before.shape[1]).weighed(known)
+                stats = None if known is None else InputStats(before.shape[1], paired=False).weighed(known)
                 weight = METHODS[plan.method](before, plan, stats, self.loaded.recipe)
                 arrays = rtn.packed(weight, layout_of(plan)).arrays
                 after = weight.dequantize()
@@ -165,7 +165,7 @@ class Layerwise:
             names = [at + reader for reader in fold.readers]
             if not self._can_take(at + fold.source) or any(self.plans[n].format is None for n in names):
                 continue
-            stats = collect(job, [names])[names[0]]
+            stats = collect(job, [names], paired=self.loaded.recipe.transform == "awq")[names[0]]
             scale = scale_of(layer, fold, stats, {r: self.plans[at + r] for r in fold.readers}, self.loaded.recipe)
             if scale is None:
                 continue

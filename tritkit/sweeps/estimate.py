@@ -110,7 +110,7 @@ class Estimate:
             return 0.0
         if loaded.recipe.correct:
             passes += 2
-        tokens = self.settings.sequences * min(self.settings.length, self.folder.config.max_position_embeddings)
+        tokens = self.settings.sequences * self.settings.length_of(self.folder)
         seconds = weights * self.probe.rounding * (SEARCH if "search" in kind else 1.0)
         seconds += passes * weights * tokens * self.probe.forward
         if loaded.recipe.budget.bits is not None:  # each option rounded and tried, forth and back on part of the text

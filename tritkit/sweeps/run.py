@@ -175,10 +175,9 @@ class _Sweep:
             if row is not None:
                 estimate.learn_row(loaded, row)
         tokens = sum(len(w.tokens) for text in self.texts.values() for w in text.windows)
-        length = min(s.length, self.model.config.max_position_embeddings)
         _tell(
             f"sweep: {len(todo)} of {total} rows to do, about {said(estimate.left(todo))} "
-            f"({tokens:,} tokens to read a row, {s.sequences} x {length} to calibrate on)"
+            f"({tokens:,} tokens to read a row, {s.sequences} x {s.length_of(self.model)} to calibrate on)"
         )
         self.work.mkdir(exist_ok=True)
         self.reference = self._reference(parent) if "divergence" in s.suites else None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import evals
+from ..checkpoint import ModelFolder
 from ..data import find_files
 from ..engine.codes import NotNative
 from ..engine.load import Model, load
@@ -57,6 +58,10 @@ class Settings:
             both = set(find_files(self.data)) & set(find_files(self.calibration))
             if both:
                 raise ValueError(f"{min(both)} is both calibration and test; what is measured must be unseen")
+
+    def length_of(self, model: ModelFolder) -> int:
+        """Tokens of a calibration sequence, which the model's context bounds."""
+        return min(self.length, model.config.max_position_embeddings)
 
     def tree(self) -> dict[str, Any]:
         """As JSON keeps it."""
