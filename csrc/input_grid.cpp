@@ -35,13 +35,17 @@ Range1D range_of(const float* x, int n) {
     return r;
 }
 
+/// Of float16's numbers below 2^-14 those that still have four bits.
+constexpr float kSmallestScale = 0x1p-20f;
+
 /// Scales of groups are float16 numbers, as they are where they are stored.
 float scale_of(const InputGrid& grid, Range1D r) {
     const float top = static_cast<float>(grid.hi);
     float scale = grid.asymmetric ? (r.high - r.low) / top : std::max(-r.low, r.high) / top;
     if (!(scale > 0.0f)) scale = 1.0f;
     if (grid.group == 0) return scale;
-    scale = std::min(std::max(scale, 0x1p-14f), 65504.0f);  // normal float16 numbers
+    scale = std::min(std::max(scale, kSmallestScale), 65504.0f);
+    if (scale < 0x1p-14f) return std::ceil(scale * 0x1p24f) * 0x1p-24f;  // few bits are left: up, so nothing is clipped
     return float_from_f16(f16_from_float(scale));
 }
 

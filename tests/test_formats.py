@@ -179,6 +179,16 @@ def test_asymmetric_grids_hold_zero_exactly(name):
         assert (format.quantize(w).dequantize()[:, ::32] == 0).all()
 
 
+@pytest.mark.parametrize("name", ["int8_g64", "int4_g32", "int4_g64_asym"])
+def test_small_weights_keep_their_precision(name):
+    """Scales below the smallest normal float16, 6e-5, are stored too: the error is what it is for large weights."""
+    format, errors = format_of(name), []
+    for spread in (1.0, 1e-3):
+        w = spread * gaussian()
+        errors.append(float((format.quantize(w).dequantize() - w).norm() / w.norm()))
+    assert errors[1] == pytest.approx(errors[0], rel=0.1)
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_extreme_values_stay_finite(name):
     for value in (0.0, 1e-30) if name in SEARCHES else (0.0, 1e-30, 1e30):  # those refuse what float16 does not hold

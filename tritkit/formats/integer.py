@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .base import EPSILON, Format, Grid
 
+SMALLEST_SCALE = 2.0**-20  # of a group: of float16's numbers below 2^-14 those that still have four bits
 _NAME = re.compile(r"int(?P<bits>[2-8])(?:_g(?P<group>[1-9]\d*)|_(?P<shared>row|tensor))?(?P<asym>_asym)?")
 
 
@@ -45,8 +46,9 @@ class Integer(Format):
         """A scale of zero (a group of zeros) becomes one; groups keep the precision of their float16 on disk."""
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         if isinstance(self.group, int):
-            largest, smallest = torch.finfo(torch.float16).max, torch.finfo(torch.float16).tiny
-            scale = scale.clamp(smallest, largest).half().float()
+            scale = scale.clamp(SMALLEST_SCALE, torch.finfo(torch.float16).max)
+            subnormal = scale < torch.finfo(torch.float16).tiny  # few bits are left: up, so that no value is clipped
+            scale = torch.where(subnormal, torch.ceil(scale * 2.0**24) * 2.0**-24, scale.half().float())
         return scale
 
 
