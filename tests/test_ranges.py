@@ -290,3 +290,28 @@ def test_constant_and_zero_groups_stay_finite(name, method):
         assert (
             (found - rows).abs() <= 2e-3 * rows.abs() + 0.5 * grid.scale * (format.has_offset or value < 1e-6)
         ).all()
+
+
+@pytest.mark.parametrize("name", ["int8_row", "int4_tensor"])
+def test_entropy_of_zeros_is_no_range(name):
+    format = format_of(name)
+    w = random(0, 2, 4096)
+    w[0] = 0
+    grid = choose(format.split(w), format, "entropy")
+    rows = grid.scale.flatten()
+    assert (rows > 0).all() and rows.isfinite().all()
+    assert name != "int8_row" or rows[0] == 1
+    assert (choose(format.split(torch.zeros(2, 4096)), format, "entropy").scale == 1).all()
+
+
+@pytest.mark.parametrize("name", ["int8_tensor", "int8_tensor_asym"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_percentile_of_values_beside_one_massive_one_is_a_range(name, sign):
+    """All but one of a million lie in the first bin: its lower edge is 0."""
+    values = sign * 0.4 * torch.rand(1_000_000, generator=torch.Generator().manual_seed(1))
+    values[7] = sign * 1000
+    observer = observed([values], format_of(name))
+    low, high = observer.ranges()["percentile"]
+    assert max(-low, high) == pytest.approx(observer.histogram.width) and 0.4 < max(-low, high) < 0.6
+    grid = observer.grid("percentile")
+    assert grid.scale.item() < 0.6 / 100

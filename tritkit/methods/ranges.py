@@ -95,15 +95,16 @@ class Counted:
 
     def below(self, share: float, magnitudes: bool) -> Tensor:
         """The lower edge of the bin in which this share is reached, as NVIDIA's calibrator has it; for the share of a
-        lower end the same from above."""
+        lower end the same from above. Of a bin that begins at 0, which would be no range, the other edge."""
         h = self.histogram
         assert magnitudes is not h.signed
         counts = h.counts.double()
         if share < 0.5:
             reached = torch.searchsorted(counts.flip(0).cumsum(0) / counts.sum(), 1 - share)
-            return _group(float(h.edges[len(counts) - min(int(reached), len(counts) - 1)]))
+            edge = float(h.edges[len(counts) - min(int(reached), len(counts) - 1)])
+            return _group(edge or -h.width)
         reached = torch.searchsorted(counts.cumsum(0) / counts.sum(), share)
-        return _group(float(h.edges[min(int(reached), len(counts) - 1)]))
+        return _group(float(h.edges[min(int(reached), len(counts) - 1)]) or h.width)
 
     def least_error(self, format: Integer) -> Range:
         """Symmetric: the centre of a bin from START on whose choice as the end has the least error, as NVIDIA's
@@ -179,9 +180,16 @@ def mse(sample: Sample, format: Integer) -> Range:
 def entropy(sample: Sample, format: Integer) -> Range:
     """The threshold at which the rounded distribution tells most of the original one (TensorRT, Migacz 2017)."""
     _require_symmetric(format)
-    high = torch.stack([h.edges[_threshold(h.counts, format.hi + 1)] for h in sample.histograms(format)])
+    high = torch.stack([_most_telling(h, format) for h in sample.histograms(format)])
     high = high.reshape(sample.ends()[0].shape)
     return -high, high
+
+
+def _most_telling(histogram: Histogram, format: Integer) -> Tensor:
+    """0 of nothing but zeros, as the other methods have it."""
+    if not histogram.width:
+        return torch.zeros((), dtype=torch.float64)
+    return histogram.edges[_threshold(histogram.counts, format.hi + 1)]
 
 
 def _require_symmetric(format: Integer) -> None:
