@@ -116,6 +116,17 @@ def test_outliers_are_llm_int8s():
     assert np.abs(linear(x).numpy() - exact).max() < 0.2 * np.abs(plain(x).numpy() - exact).max()
 
 
+def test_outliers_let_gradients_through():
+    layout, arrays, values = quantized("int8_row")
+    linear = StoredLinear(layout, arrays, (40, 256), inputs=InputQuantizer("int8_row", outliers=6.0))
+    x = random(7, 256)
+    x[0, 5] = 9.0
+    y = linear(x.requires_grad_(True))
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, values.sum(0).expand(7, 256), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(y.detach(), linear(x.detach()), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("inputs", [None, "int8_row", "int8_row outliers"])
 def test_linears_return_the_dtype_they_read(dtype, inputs):

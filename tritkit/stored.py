@@ -195,8 +195,8 @@ class StoredLinear(StoredMatrix):
             )
         if self.inputs is None:
             y = self.product(values)
-        elif self.inputs.outliers is None:
-            y = self.product(self.inputs(values.float()))
+        elif self.inputs.outliers is None or (values.requires_grad and torch.is_grad_enabled()):
+            y = self.product(self.inputs(values.float()))  # the same but for sums of floats, and has a gradient
         else:
             y = self._decomposed(values.float(), self.inputs)
         return (y if self.bias is None else y + self.bias).to(values.dtype)
