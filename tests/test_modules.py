@@ -6,6 +6,7 @@ from torch import nn
 
 from tritkit import quantize
 from tritkit.formats import format_of
+from tritkit.methods.blocks import input_rows, matrix_of
 from tritkit.methods.recipe import LoadedRecipe, QwtOptions, Recipe, Rule, read_recipe
 from tritkit.methods.stats import SAMPLE, InputStats
 from tritkit.methods.watch import blocks_of
@@ -234,7 +235,7 @@ def test_what_cannot_be_is_said(make, recipe, batch, sentence):
 
 
 def test_gptq_without_batches_says_so():
-    with pytest.raises(ValueError, match="gptq needs calibration data"):
+    with pytest.raises(ValueError, match="gptq needs calibration data; give batches of inputs"):
         quantize(Encoder().eval(), read_recipe(None, {"format": "int4_g16", "method": "gptq"}))
 
 
@@ -443,3 +444,94 @@ def test_statistics_without_pairs_know_the_same_but_the_error_of_a_sample():
     assert torch.allclose(whole.second_moment, part.second_moment, rtol=1e-5) and part.hessian.numel() == 0
     difference = torch.randn(8, 24)
     assert part.output_error(difference) == pytest.approx(whole.output_error(difference), rel=0.05)
+
+
+class InPlace(nn.Module):
+    def __init__(self, features):
+        super().__init__()
+        self.fc = nn.Linear(features, features)
+
+    def forward(self, x):
+        x += torch.tanh(self.fc(x))
+        return x
+
+
+class Chain(nn.Module):
+    """Blocks that run in an order of their own."""
+
+    def __init__(self, blocks, order=None):
+        super().__init__()
+        self.layers, self.order = nn.ModuleList(blocks), order or range(len(blocks))
+
+    def forward(self, x):
+        for number in self.order:
+            x = self.layers[number](x)
+        return x
+
+
+def test_a_block_that_writes_over_its_input_is_refused():
+    model = Chain([InPlace(16) for _ in range(2)]).eval()
+    with pytest.raises(ValueError, match=r"layers.0 writes over its input, which is needed afterwards; let it work on"):
+        quantize(model, Recipe(format="int4_g16", correct="qwt"), [torch.randn(4, 16) for _ in range(3)])
+
+
+def test_blocks_are_named_in_their_order():
+    for order, names, sentence in (
+        ((1, 0, 2), None, r"layers.1 is called first, layers.0 next; name them with blocks= in"),
+        ((0, 1), None, r"layers.2 is not called"),
+        ((0, 1, 2), ["layers.0", "layers.2", "layers.1"], "these blocks are not in sequence|called first"),
+    ):
+        model = Chain([nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(3)], order).eval()
+        with pytest.raises(ValueError, match=sentence):
+            quantize(model, "int4_g16", [torch.randn(4, 16)], blocks=names or "layers")
+
+
+class Depthwise(nn.Module):
+    """ConvNeXt's: the only convolution has groups, the weights are in linears behind it."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.wide, self.narrow = nn.Linear(channels, 2 * channels), nn.Linear(2 * channels, channels)
+
+    def forward(self, x):
+        y = self.conv(x).movedim(1, -1)
+        return x + self.narrow(torch.relu(self.wide(y))).movedim(-1, 1)
+
+
+def test_the_term_of_a_block_of_pictures_is_one_of_pixels():
+    torch.manual_seed(0)
+    model = Chain([Depthwise(8) for _ in range(2)]).eval()
+    recipe = Recipe(format="int2_row", correct="qwt", qwt=QwtOptions(check=False, ridge=0.1))
+    report = quantize(model, recipe, [torch.randn(8, 8, 6, 9) for _ in range(4)])
+    assert all(entry["kept"] for entry in report["adapters"].values())
+    assert model.layers[0].adapter.weight.shape[:2] == (8, 8)
+    assert model(torch.randn(1, 8, 12, 5)).shape == (1, 8, 12, 5)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("mode", ["zeros", "reflect"])
+@pytest.mark.parametrize("padding", ["same", "valid", (2, 1)])
+def test_rows_of_a_convolution_are_what_it_multiplies(padding, mode):
+    conv = nn.Conv2d(3, 5, (3, 4), padding=padding, padding_mode=mode)
+    x = torch.randn(2, 3, 8, 9)
+    rows = input_rows(conv, x)
+    y = conv(x)
+    found = (rows @ matrix_of(conv).t() + conv.bias).reshape(2, *y.shape[2:], 5).movedim(-1, 1)
+    torch.testing.assert_close(found, y, rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_layout_cannot_hold_is_said_with_its_name():
+    model = Chain([nn.Sequential(nn.Linear(12, 12)) for _ in range(2)]).eval()
+    with pytest.raises(ValueError, match=r"^layers.0.0: binary_rows packs eight columns in a byte, but a row has 12"):
+        quantize(model, "binary", blocks="layers")
+    with pytest.raises(ValueError, match=r"layers.0.0 is a linear itself, but a block is a module that holds some"):
+        quantize(model, "binary", blocks="layers.0")
+
+
+def test_options_of_folders_and_modules_do_not_mix(tmp_path):
+    with pytest.raises(ValueError, match=r"blocks is an option for modules, but .* is a model folder"):
+        quantize(tmp_path / "model", "int4_g32", out=tmp_path / "q", blocks="layers")
+    for batches, kind in ((torch.randn(2, 8), "Tensor"), ({"x": torch.randn(2, 8)}, "dict"), ("wiki.txt", "str")):
+        with pytest.raises(ValueError, match=f"batches is one {kind}; give a list of batches"):
+            quantize(Encoder().eval(), "int4_g16", batches)

@@ -58,7 +58,7 @@ def solve(pairs: Sequence[Pair], ridge: float) -> ConvCompensation:
     ValueError where h' x w' is no multiple of strides over h x w.
     """
     if not pairs:
-        raise ValueError("qwt needs calibration data; give text with --calibration")
+        raise ValueError("qwt needs calibration data; give batches of inputs")
     (_, inputs, *size), (_, outputs, *kept) = pairs[0][0].shape, pairs[0][1].shape
     down, right = stride_of(size[0], kept[0]), stride_of(size[1], kept[1])
     groups = groups_of(inputs, outputs)

@@ -25,7 +25,7 @@ def solve(w: Tensor, plan: Plan, stats: InputStats | None, options: Any) -> QTen
     format, gptq = plan.format, options.gptq
     assert format is not None
     if stats is None or not stats.tokens:
-        raise ValueError("gptq needs calibration data; give text with --calibration")
+        raise ValueError("gptq needs calibration data; give batches of inputs")
     grouped = format.block > 0  # else the grid is one of the whole row or matrix
     if gptq.act_order and grouped and not gptq.static_groups:
         # Groups of columns that are no neighbours would need an index of columns, which no layout of ours has.

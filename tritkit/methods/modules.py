@@ -33,7 +33,7 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 def quantize(
     model: nn.Module | Path | str,
     recipe: LoadedRecipe | Recipe | str | Path,
-    batches: Sequence[Any] = (),
+    batches: Sequence[Any] | str | None = None,
     *,
     out: Path | str | None = None,
     blocks: str | Sequence[str] | None = None,
@@ -42,12 +42,12 @@ def quantize(
 ) -> dict[str, Any]:
     """Quantise a module in place, or a model folder into the folder ``out``; returns what it became.
 
-    model: a module in evaluation, or a folder, for which see ``quantize_folder`` (batches are its calibration text and
-    options its options). recipe: one in Python, a file, or a name. batches: calibration inputs; a tensor, a tuple or a
-    dict each, given to the model as one, as arguments or as keywords. blocks: the name of the ModuleList of the blocks,
-    or the names of all blocks (none: the class of modules that holds most of the weights). distance: of two outputs of
-    the model (wanted, found), which decides over QwT's terms on the last batches (none: KL for outputs with ``logits``,
-    else the relative squared error).
+    model: a module in evaluation, or a folder, for which see ``quantize_folder`` (batches are the names of its
+    calibration texts and options its options). recipe: one in Python, a file, or a name. batches: calibration inputs;
+    a tensor, a tuple or a dict each, given to the model as one, as arguments or as keywords. blocks: the name of the
+    ModuleList of the blocks, or the names of all blocks (none: the class of modules that holds most of the weights).
+    distance: of two outputs of the model (wanted, found), which decides over QwT's terms on the last batches (none: KL
+    for outputs with ``logits``, else the relative squared error).
 
     The report has "per_linear" (records by name), "left" (names of linears that stay floats because the model reads
     their weights without calling them, as nn.MultiheadAttention does), "adapters" (QwT's terms by block),
@@ -61,11 +61,16 @@ def quantize(
 
         if out is None:
             raise ValueError("quantising a model folder needs a folder to write: out=")
+        if blocks is not None or distance is not None:
+            name = "blocks" if blocks is not None else "distance"
+            raise ValueError(f"{name} is an option for modules, but {model} is a model folder")
         return quantize_folder(model, out, loaded, batches, **options)
     if options or out is not None:
         unknown = next(iter(options), "out")
         raise ValueError(f"{unknown} is an option for model folders, but this is a {type(model).__name__}")
-    return _Modules(model, loaded, batches, blocks, distance).run()
+    if isinstance(batches, (str, Tensor, Mapping)):
+        raise ValueError(f"batches is one {type(batches).__name__}; give a list of batches")
+    return _Modules(model, loaded, batches or (), blocks, distance).run()
 
 
 class _Modules:
@@ -92,6 +97,11 @@ class _Modules:
             raise ValueError(f"the module is on {elsewhere}, but quantising works on the CPU; move it there first")
         self.model, self.loaded, self.recipe = model, loaded, recipe
         self.blocks = blocks_of(model, blocks)
+        single = next((name for name, block in self.blocks.items() if is_matrix(block)), None)
+        if single is not None:
+            raise ValueError(
+                f"{single} is a linear itself, but a block is a module that holds some; name those around it"
+            )
         taken = next((name for name, block in self.blocks.items() if hasattr(block, ADAPTER)), None)
         if recipe.correct and taken is not None:
             raise ValueError(f"{taken} has a submodule {ADAPTER!r}, the name of a compensation's term, already")
@@ -196,6 +206,7 @@ class _Modules:
                 output = run(self.model, batch)
             finally:
                 watch.end()
+            watch.require_all()
             states.append(watch.inputs[first])
             self.calls.append(watch.calls)
             self.called |= watch.called

@@ -52,7 +52,7 @@ def solve(pairs: Iterable[Pair], ridge: float) -> Compensation:
             sum_x, sum_y, xx, xy = sum_x + rows.sum(0), sum_y + missing.sum(0), xx + products[0], xy + products[1]
         count += len(rows)
     if xx is None or xy is None or sum_x is None or sum_y is None:
-        raise ValueError("qwt needs calibration data; give text with --calibration")
+        raise ValueError("qwt needs calibration data; give batches of inputs")
     mean_x, mean_y = sum_x / count, sum_y / count
     covariance = xx / count - torch.outer(mean_x, mean_x)
     cross = xy / count - torch.outer(mean_x, mean_y)

@@ -37,7 +37,7 @@ def run_block(
     worth keeping (none: its R^2 on the held-out inputs does); transform: changes the float weights first."""
     corrects = job.recipe.correct == "qwt"
     if corrects and not job.inputs:
-        raise ValueError("qwt needs calibration data; give text with --calibration")
+        raise ValueError("qwt needs calibration data; give batches of inputs")
     first = len(job.inputs)  # held-out chunks are numbered behind those of the calibration
 
     def held_outputs() -> list[Tensor]:
@@ -61,7 +61,7 @@ def run_block(
     missing_held = [(x, w - y) for x, w, y in zip(held, wanted_held, step.held, strict=True)]
     options = job.recipe.qwt
     term: Any
-    if job.inputs[0].dim() == 4 and any(isinstance(m, nn.Conv2d) for m in job.linears.values()):
+    if job.inputs[0].dim() == 4 and any(isinstance(m, nn.Conv2d) for m in job.block.modules()):
         term, explained = compensation_conv.solve(missing, options.ridge), compensation_conv.explained
     else:
         term, explained = qwt.solve(missing, options.ridge), qwt.explained

@@ -60,10 +60,12 @@ class Watch:
         self.calls: dict[str, Arguments] = {}
         self.called: set[str] = set()
         self.before: Tensor | None = None
+        self.version = 0  # of the input of the block that runs: how often it was written to
+        self.blocks = list(blocks)
         self.handles: list[Any] = []
         for name, block in blocks.items():
             self.handles.append(block.register_forward_pre_hook(partial(self._enter, name), with_kwargs=True))
-            self.handles.append(block.register_forward_hook(self._leave))
+            self.handles.append(block.register_forward_hook(partial(self._leave, name)))
         for name, linear in linears.items():
             self.handles.append(linear.register_forward_pre_hook(partial(self._note, name)))
 
@@ -84,8 +86,11 @@ class Watch:
             if any(is_cache(v) and v.get_seq_length() for v in (*args[1:], *kwargs.values())):
                 raise ValueError(f"{name} is called with keys and values of earlier tokens; give whole sequences")
         self.calls[name] = (*without_caches(args[1:], kwargs), args[0].dtype)
+        self.version = args[0]._version
 
-    def _leave(self, block: nn.Module, args: tuple, output: Any) -> None:
+    def _leave(self, name: str, block: nn.Module, args: tuple, output: Any) -> None:
+        if args[0]._version != self.version:
+            raise ValueError(f"{name} writes over its input, which is needed afterwards; let it work on a copy")
         self.before = state_of(output).detach()
 
     def _note(self, name: str, linear: nn.Module, args: tuple) -> None:
@@ -94,6 +99,15 @@ class Watch:
     def end(self) -> None:
         for handle in self.handles:
             handle.remove()
+
+    def require_all(self) -> None:
+        """ValueError unless every block was called, in the order in which they were named."""
+        called = list(self.calls)
+        if called != self.blocks:
+            missing = next((name for name in self.blocks if name not in self.calls), None)
+            what = f"{missing} is not called" if missing else f"{called[0]} is called first, {called[1]} next"
+            raise ValueError(f"the blocks are {', '.join(self.blocks[:3])} ..., but {what}; name them with blocks= in "
+                             "the order in which they run")  # fmt: skip
 
 
 def is_cache(value: Any) -> bool:
