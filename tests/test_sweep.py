@@ -307,15 +307,17 @@ def test_the_verb_prints_and_writes_the_table(place, text_file, capsys, monkeypa
     recipes = [str(place.folder / f"{name}.toml") for name in ("rtn4", "misfit")]
     options = ["--data", str(text_file), "--chunks", "1", "--windows", "1", "--suites", "perplexity,divergence,speed"]
     options += ["--exact", "rtn4", "--out", str(place.out), "--markdown", str(document), "--threads", "1"]
-    assert main(["sweep", place.settings.model, *recipes, *options]) == 0
+    assert main(["sweep", place.settings.model, *recipes, *options]) == 1
     shown = capsys.readouterr()
+    assert "tritkit: 1 of 3 rows failed: misfit" in shown.err
     assert "3 rows to do, about" in shown.err and "2/3 rtn4: perplexity" in shown.err and "left" in shown.err
     assert "rtn4 †" in shown.out and "misfit failed: int4_g48 has groups of 48" in shown.out
     text = document.read_text()
     assert text.startswith("# Title\n\n<!-- sweep -->\n| recipe | matrices |") and text.endswith("behind\n")
     assert "old" not in text and "exact by construction" in text
     metrics = rows(place.out)["rtn4"]["metrics"]
-    assert f"± {metrics['llama_cpp_perplexity_error']:.3f} |" in text and "| 321" in text
+    assert f"± {metrics['llama_cpp_perplexity_error']:.3f} |" in text and "| 321 ± 2 |" in text
+    assert text.count("Machine: ") == 1 and ", 1 thread.\n" in text
     tree = json.loads(place.out.read_text())
     write_markdown(tree, str(place.folder / "new.md"))
     assert markdown(tree) in (place.folder / "new.md").read_text()
@@ -326,6 +328,24 @@ def test_the_verb_prints_and_writes_the_table(place, text_file, capsys, monkeypa
         write_markdown(tree, f"{document}#other")
     header, line, *body = markdown(tree).split("\n\n")[0].splitlines()
     assert {header.count("|"), line.count("|"), *(row.count("|") for row in body)} == {header.count("|")}
+
+
+def test_rows_know_the_machine_they_were_measured_on(place):
+    tree = sweep(place.settings, [place.recipes["rtn4"]], place.out, threads=1)
+    assert all(row["machine"] == tree["machine"] and row["threads"] == 1 and row["version"] for row in tree["rows"])
+    tree["rows"][1]["machine"] = {"cpu": "Abacus", "cores": 10}
+    text = markdown(tree)
+    assert "* Machine of rtn4: Abacus, 10 cores, 1 thread.\n" in text and "* Machine of llama-0: " in text
+
+
+def test_why_llama_cpp_has_no_number(place):
+    tree = sweep(place.settings, [place.recipes["rtn4"]], place.out)
+    assert "llama.cpp itself" not in markdown(tree)
+    tree["rows"][0]["metrics"] |= {"peer_perplexity": 5.0}
+    tree["rows"][1]["metrics"] |= {"peer_refusal": "GGUF has no type for it"}
+    assert "* llama.cpp itself has numbers of the rows whose weights," in markdown(tree)
+    tree["rows"][1]["metrics"] |= {"peer_error": "llama.cpp ended with code 6"}
+    assert "* llama.cpp failed on rtn4: llama.cpp ended with code 6.\n" in markdown(tree)
 
 
 def test_small_numbers_have_digits_enough():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from .options import calibration_options, engine_options, parser_of
@@ -63,7 +64,8 @@ def sweep(arguments: list[str]) -> int:
         "sweep",
         "Quantise MODEL by each of the RECIPES (files, mixes or formats, as quantize takes them), measure each result\n"
         "and the model itself alike, and add a row of each to OUT, a .json file. It says how long it will take before\n"
-        "it starts; stopped, it goes on with the same command. A recipe that fails has its sentence in its row.",
+        "it starts; stopped, it goes on with the same command. A recipe that fails has its sentence in its row,\n"
+        "and the exit code is 1.",
         "tritkit sweep models/smol recipes/*.toml q4_k_m --data wiki.test.txt --calibration other.txt --out sweep.json",
     )
     parser.add_argument("model", metavar="MODEL", help="a full-precision model folder or GGUF file")
@@ -105,7 +107,10 @@ def sweep(arguments: list[str]) -> int:
     print_sweep(tree)
     if options.markdown is not None:
         write_markdown(tree, options.markdown)
-    return 0
+    failed = [row["name"] for row in tree["rows"] if row["error"] is not None]
+    if failed:
+        print(f"tritkit: {len(failed)} of {len(tree['rows'])} rows failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def compare(arguments: list[str]) -> int:

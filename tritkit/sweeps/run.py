@@ -8,14 +8,14 @@ import re
 import shutil
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .. import results
+from .. import __version__, results
 from ..checkpoint import ModelFolder
 from ..engine.load import Model
 from ..engine.native import usable_cores
@@ -187,6 +187,7 @@ class _Sweep:
             row = self._row(loaded)
             row["seconds"] = time.perf_counter() - began
             row["time"] = datetime.now(UTC).isoformat(timespec="seconds")
+            row |= {"version": __version__, "machine": results.machine(), "threads": self.threads or usable_cores()}
             self.book.add(row)
             estimate.learn_row(loaded, row)
             rest = todo[todo.index(loaded) + 1 :]
@@ -294,13 +295,17 @@ class _Sweep:
         return metrics
 
     def _peer(self, model: ModelFolder) -> dict[str, Any]:
-        """llama.cpp's perplexity of the same weights; nothing where a GGUF file cannot hold them."""
+        """llama.cpp's perplexity of the same weights; why not, where a GGUF file cannot hold them or it fails."""
         text, cores = self.texts[DIVERGENCE], self.threads or usable_cores()
-        try:
-            with peer.model_gguf(model) as (path, _):
+        with ExitStack() as stack:
+            try:
+                path, _ = stack.enter_context(peer.model_gguf(model))
+            except ValueError as error:
+                return {"peer_refusal": " ".join(str(error).split())}
+            try:
                 nll = peer.losses(path, [(w.tokens, w.targets) for w in text.windows], cores)
-        except (ValueError, RuntimeError) as error:
-            return {"peer_refusal": " ".join(str(error).split())}
+            except (ValueError, RuntimeError) as error:
+                return {"peer_error": " ".join(str(error).split())}
         found = summary(text, nll, np.ones(len(nll)))
         return {"peer_perplexity": found[f"{text.name}_perplexity"],
                 "peer_perplexity_error": found[f"{text.name}_perplexity_error"]}  # fmt: skip

@@ -57,8 +57,11 @@ def _method(row: Row) -> str:
 
 def _rate(row: Row) -> str:
     metrics = row["metrics"]
-    found = [f"{metrics[f'{e}_decode_rate']:.0f}" + " (torch)" * (e == "torch") for e in ("native", "torch")
-             if f"{e}_decode_rate" in metrics]  # fmt: skip
+    found = []
+    for engine in ("native", "torch"):
+        rate, sd = metrics.get(f"{engine}_decode_rate"), metrics.get(f"{engine}_decode_rate_sd")
+        if rate is not None:
+            found.append(f"{rate:.0f}" + (f" ± {sd:.0f}" if sd is not None else "") + " (torch)" * (engine == "torch"))
     return ", ".join(found)
 
 
@@ -101,8 +104,34 @@ def notes(tree: dict[str, Any]) -> list[str]:
     found += _engines(rows)
     if any(row["exact"] for row in rows):
         found.append("† is exact by construction: the parent's weights lie on this very grid already.")
-    machine = tree["machine"]
-    found.append(f"Machine: {machine['cpu']}, {machine['cores']} cores.")
+    found += _peer(rows)
+    if any("quantize_seconds" in m or _rate(row) for row, m in ((row, row["metrics"]) for row in rows)):
+        found.append("Seconds and tokens a second (± standard deviation of 3 runs) were measured row by row, at times "
+                     "when the machine may have been faster or slower.")  # fmt: skip
+    machines: dict[str, list[str]] = {}
+    for row in rows:
+        machines.setdefault(_machine(row, tree), []).append(row["name"])
+    if len(machines) < 2:
+        found += [f"Machine: {name}." for name in machines or {_machine({}, tree): []}]
+    else:
+        found += [f"Machine of {', '.join(those)}: {name}." for name, those in machines.items()]
+    return found
+
+
+def _machine(row: Row, tree: dict[str, Any]) -> str:
+    """On what a row was measured."""
+    machine = row.get("machine", tree["machine"])
+    threads = row.get("threads", machine["cores"])
+    used = "" if threads == machine["cores"] else f", {threads} thread{'s' * (threads != 1)}"
+    return f"{machine['cpu']}, {machine['cores']} cores{used}"
+
+
+def _peer(rows: Sequence[Row]) -> list[str]:
+    """Why llama.cpp has no number where it has none."""
+    found = [f"llama.cpp failed on {row['name']}: {row['metrics']['peer_error']}." for row in rows
+             if "peer_error" in row["metrics"]]  # fmt: skip
+    if any("peer_refusal" in row["metrics"] for row in rows):
+        found.append("llama.cpp itself has numbers of the rows whose weights, inputs and terms a GGUF file can hold.")
     return found
 
 
