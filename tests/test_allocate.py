@@ -91,3 +91,22 @@ def test_the_measure_is_the_divergence_to_second_order(tmp_path):
     ratio = np.log(np.array(said) / np.array(added))
     assert np.corrcoef(np.log(said), np.log(added))[0, 1] > 0.9
     assert abs(np.median(ratio)) < np.log(2)
+
+
+def test_importance_from_a_file_weighs_the_options(tmp_path):
+    from float_folder import a_folder
+
+    from tritkit.checkpoint import matrix_shape, open_folder
+    from tritkit.methods.allocate import measure
+    from tritkit.methods.calibration import Calibration
+    from tritkit.methods.recipe import read_recipe
+
+    model = open_folder(a_folder(tmp_path / "model", vocab_size=4096))
+    tokens = torch.randint(0, 4096, (2, 48), generator=torch.Generator().manual_seed(5))
+    recipe = read_recipe(None, {"budget.bits": "5", "budget.options": "q4_0,q5_0"})
+    data = Calibration(tokens, tokens[:0])
+    plain, name = measure(model, recipe, data), "model.layers.1.mlp.up_proj"
+    columns = torch.ones(matrix_shape(model.config, name)[1])
+    columns[:4] = 1e6
+    weighed = measure(model, recipe, data, {name: columns})
+    assert {n for n in plain if [o.cost for o in plain[n]] != [o.cost for o in weighed[n]]} == {name}

@@ -66,6 +66,26 @@ def test_mistakes_get_one_sentence(arguments, words, capsys, tmp_path, monkeypat
     assert all(word in sentence for word in words), sentence
 
 
+def test_settings_of_a_recipe_are_options(capsys, make_folder, tmp_path):
+    folder = str(make_folder("llama"))
+    quantize = ["quantize", folder, str(tmp_path / "q")]
+    assert "'--importanc=false'; did you mean --importance=?" in fails(capsys, *quantize, "q8_0", "--importanc=false")
+    code, _, error = run(capsys, *quantize, "q8_0", "--importance=false", "--outlier-threshold=5")
+    text = (tmp_path / "q" / "tritkit.toml").read_text()
+    assert code == 0 and "importance = false" in text and "outlier_threshold = 5" in text
+    assert "nothing is recorded of inputs and outputs" in error
+
+
+def test_a_budget_is_spent_by_gptq(capsys, make_folder, tmp_path, text_file):
+    folder = str(make_folder("llama"))
+    options = ["--bits", "5", "--budget.options=int4_g32,int6_g32", "--calibration", str(text_file)]
+    options += ["--sequences", "2", "--length", "64"]
+    for name, more, method in (("a", [], "gptq"), ("b", ["--method", "rtn"], "rtn")):
+        code, _, error = run(capsys, "quantize", folder, str(tmp_path / name), *options, *more)
+        assert code == 0 and "nothing is recorded" not in error
+        assert f'method = "{method}"' in (tmp_path / name / "tritkit.toml").read_text()
+
+
 def test_text_that_is_none(capsys, tmp_path):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 10)

@@ -11,6 +11,7 @@ from tritkit import results
 from tritkit.checkpoint import linear_names, open_folder
 from tritkit.engine.torch import model_of
 from tritkit.layouts import search
+from tritkit.methods import quantizer
 from tritkit.methods.calibration import read_calibration
 from tritkit.methods.importance import read_importance
 from tritkit.methods.planning import all_plans
@@ -127,7 +128,68 @@ def test_an_importance_matrix_of_another_model_is_refused(folder, tmp_path, text
     with pytest.raises(ValueError, match=r"m.dat has 128 values for model.layers.0.self_attn.q_proj, which has 64"):
         quantize_folder(folder, tmp_path / "b", "q4_0", imatrix=tmp_path / "m.dat")
     with pytest.raises(ValueError, match=r"there is no importance matrix .*none.dat; to measure one, give text"):
-        quantize_folder(folder, tmp_path / "b", "q4_0", imatrix=tmp_path / "none.dat")
+        quantize_folder(folder, tmp_path / "b", "q4_0", (), imatrix=tmp_path / "none.dat")
+    with pytest.raises(ValueError, match=r"there is no folder .*nowhere to write m.dat into"):
+        quantize_folder(folder, tmp_path / "b", "q4_0", [text], imatrix=tmp_path / "nowhere" / "m.dat")
+
+
+def test_a_stopped_run_does_not_measure_importance_again(folder, tmp_path, text, monkeypatch):
+    """Nor does it take what it has measured itself for a file of the user's."""
+    calls, layer, measure = [], quantizer.Layerwise._layer, quantizer.collect_importance
+
+    def stops(self, number, *rest):
+        if number == 1:
+            raise KeyboardInterrupt
+        return layer(self, number, *rest)
+
+    monkeypatch.setattr(quantizer, "collect_importance", lambda *args: calls.append(args) or measure(*args))
+    monkeypatch.setattr(quantizer.Layerwise, "_layer", stops)
+    file, arguments = tmp_path / "m.dat", (folder, tmp_path / "q", "q4_0", [text])
+    with pytest.raises(KeyboardInterrupt):
+        quantize_folder(*arguments, **SHORT, imatrix=file)
+    assert not file.exists()
+    monkeypatch.setattr(quantizer.Layerwise, "_layer", layer)
+    quantize_folder(*arguments, **SHORT, imatrix=file)
+    assert len(calls) == 1 and file.exists()
+    quantize_folder(folder, tmp_path / "whole", "q4_0", [text], **SHORT, imatrix=file)
+    files = [(tmp_path / n / "model.safetensors").read_bytes() for n in ("q", "whole")]
+    assert len(calls) == 1 and files[0] == files[1]
+
+
+def test_importance_from_a_file_goes_through_a_transform(tmp_path, text):
+    """What the file says of the columns is said of inputs before they were made smaller: the weights are those of the
+    importance that is measured behind the transform."""
+    source = a_folder(tmp_path / "model", hidden_size=128, num_hidden_layers=1)
+    settings = recipe(format="q4_0", transform="smoothquant")
+    quantize_folder(source, tmp_path / "measured", settings, [text], **SHORT)
+    quantize_folder(source, tmp_path / "filed", settings, [text], **SHORT, imatrix=tmp_path / "m.gguf")
+    quantize_folder(source, tmp_path / "plain", replace_importance(settings), [text], **SHORT)
+    name = "model.layers.0.self_attn.q_proj"
+    measured, filed, plain = (open_folder(tmp_path / n).floats(name) for n in ("measured", "filed", "plain"))
+    assert (filed != measured).mean() < 0.01 < (plain != measured).mean()
+
+
+def replace_importance(loaded):
+    return replace(loaded, recipe=replace(loaded.recipe, importance=False))
+
+
+def test_the_search_says_what_weighs_it(folder, tmp_path, text, capfd):
+    quantize_folder(folder, tmp_path / "a", "q4_0", [text], **SHORT)
+    assert "weighed by the inputs on the calibration text" in capfd.readouterr().err
+    quantize_folder(folder, tmp_path / "b", recipe(format="q4_0", importance="false"), [text], **SHORT)
+    quantize_folder(folder, tmp_path / "c", "q4_0")
+    assert "weighed" not in capfd.readouterr().err
+
+
+def test_singular_second_moments_are_said(tmp_path, text, capfd):
+    """Fewer tokens than columns: undamped, their second moments have no inverse."""
+    source = a_folder(tmp_path / "model")
+    settings = recipe(format="int4_g32", method="gptq", **{"gptq.damping": "0"})
+    quantize_folder(source, tmp_path / "q", settings, [text], sequences=1, length=16)
+    err = capfd.readouterr().err
+    assert (
+        "warning: the second moments of inputs of 21 linears (model.layers.0.self_attn.q_proj ...) were singular" in err
+    )
 
 
 def test_the_bundled_books_are_the_calibration_where_none_is_named(folder, tmp_path, capfd):

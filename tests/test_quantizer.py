@@ -2,9 +2,11 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from float_folder import SHORT, a_folder, a_text, distance, recipe
 
 from tritkit import results
 from tritkit.checkpoint import linear_names, open_folder
+from tritkit.cli import main
 from tritkit.engine.torch import model_of
 from tritkit.formats import format_of
 from tritkit.methods.blocks import BlockJob, outputs, quantize_block
@@ -100,6 +103,26 @@ def test_gptq_is_nearer_than_rounding(folder, tmp_path, text):
         (run,) = results.read(tmp_path / method)
         errors.append(np.mean([r["output_error"] for r in run["per_linear"].values()]))
     assert errors[1] < 0.8 * errors[0]
+
+
+def test_bits_are_those_of_the_file(folder, tmp_path):
+    metrics = quantize_folder(folder, tmp_path / "q", "binary")
+    records = results.read(tmp_path / "q")[0]["per_linear"]
+    assert metrics["bits_per_weight"] == pytest.approx(2, abs=0.05)
+    assert all(r["bits"] == pytest.approx(2, abs=0.1) for r in records.values())
+
+
+def test_a_folder_says_how_to_make_it_again(folder, tmp_path, text):
+    file = tmp_path / "m.gguf"
+    quantize_folder(folder, tmp_path / "q", "q4_0", text, **SHORT, imatrix=file)
+    settings = results.read(tmp_path / "q")[0]["settings"]
+    assert settings["imatrix"] == str(file) and settings["calibration"] == [text] and settings["length"] == 32
+    command = (tmp_path / "q" / "tritkit.toml").read_text().splitlines()[1].removeprefix("# tritkit quantize ")
+    words = [{"OUT": str(tmp_path / "again"), "THIS_FILE": str(tmp_path / "q" / "tritkit.toml")}.get(w, w)
+             for w in shlex.split(command)]  # fmt: skip
+    assert main(["quantize", *words]) == 0
+    files = [(tmp_path / n / "model.safetensors").read_bytes() for n in ("q", "again")]
+    assert files[0] == files[1]
 
 
 @pytest.mark.parametrize("transform", ["awq", "smoothquant"])
@@ -206,7 +229,20 @@ def test_another_recipe_does_not_go_on_with_it(folder, tmp_path, text):
     first = Partial.begin(tmp_path / "q", model, recipe(format="int4_g32"), data)
     first.keep("0", {}, {})
     assert Partial.begin(tmp_path / "q", model, recipe(format="int4_g32"), data).layers_done(3) == 1
-    assert Partial.begin(tmp_path / "q", model, recipe(format="int3_g32"), data).layers_done(3) == 0
+    other = recipe(format="int3_g32")
+    with pytest.raises(ValueError, match=r".q.partial holds 1 finished layers of another recipe, .* --overwrite drops"):
+        Partial.begin(tmp_path / "q", model, other, data)
+    assert Partial.begin(tmp_path / "q", model, recipe(format="int4_g32"), data).layers_done(3) == 1
+    assert Partial.begin(tmp_path / "q", model, other, data, overwrite=True).layers_done(3) == 0
+    assert Partial.begin(tmp_path / "q", model, recipe(format="int2_g32"), data).layers_done(3) == 0  # nothing to lose
+
+
+def test_seconds_are_of_all_runs(folder, tmp_path):
+    model, job = open_folder(folder), recipe(format="int4_g32")
+    first = Partial.begin(tmp_path / "q", model, job, None, began=time.perf_counter() - 100)
+    first.keep("0", {}, {})
+    again = Partial.begin(tmp_path / "q", model, job, None, began=time.perf_counter() - 20)
+    assert 120 <= again.seconds() < 125
 
 
 def test_another_config_does_not_go_on_with_it(tmp_path):
@@ -214,7 +250,8 @@ def test_another_config_does_not_go_on_with_it(tmp_path):
     Partial.begin(tmp_path / "q", model, recipe(format="int4_g32"), None).keep("0", {}, {})
     config = tmp_path / "model" / "config.json"
     config.write_text(config.read_text().replace("}", " }"))
-    assert Partial.begin(tmp_path / "q", model, recipe(format="int4_g32"), None).layers_done(3) == 0
+    with pytest.raises(ValueError, match="of another recipe, text, model or version"):
+        Partial.begin(tmp_path / "q", model, recipe(format="int4_g32"), None)
 
 
 def test_a_budget_is_measured_once(folder, tmp_path, text, monkeypatch):
@@ -241,16 +278,17 @@ def test_a_budget_is_measured_once(folder, tmp_path, text, monkeypatch):
 
 
 @pytest.mark.slow
-def test_memory_is_one_layer_and_the_activations(tmp_path, text):
+@pytest.mark.parametrize("correct", [None, "qwt"])
+def test_memory_is_one_layer_and_the_activations(tmp_path, text, correct):
     """Twice the layers, the same memory: a model of 24 layers would need 150 MB more than one of 12 in float32."""
-    peaks = []
+    peaks, settings = [], {"format": "int4_g32", "method": "gptq"} | ({"correct": correct} if correct else {})
     for layers in (12, 24):
         sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 4, "num_hidden_layers": layers}
         source = a_folder(tmp_path / f"model{layers}", vocab_size=4096, **sizes)
         code = (
             "import resource, sys; from tritkit.methods.quantizer import quantize_folder as q;"
             "from tritkit.methods.recipe import read_recipe as r;"
-            f"q({str(source)!r}, {str(tmp_path / f'q{layers}')!r}, r(None, {{'format': 'int4_g32', 'method': 'gptq'}}),"
+            f"q({str(source)!r}, {str(tmp_path / f'q{layers}')!r}, r(None, {settings!r}),"
             f"[{text!r}], sequences=4, length=32);"
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
         )

@@ -65,6 +65,8 @@ def test_the_command_line_overrides_the_file(tmp_path):
 def test_one_range_for_all_tokens_is_static():
     plans = plans_of(read_recipe(None, {"format": "int8_row", "inputs": "int8_tensor"}), NAMES)
     assert {p.inputs_range for p in plans.values()} == {"absmax"}
+    plans = plans_of(read_recipe(None, {"format": "int8_row", "inputs": "int8_tensor_asym"}), NAMES)
+    assert {p.inputs_range for p in plans.values()} == {"minmax"}  # absmax would leave half of the codes unused
     plans = plans_of(read_recipe(None, {"format": "int8_row", "inputs": "int8_row"}), NAMES)
     assert {p.inputs_range for p in plans.values()} == {None}
 

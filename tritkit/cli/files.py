@@ -60,7 +60,8 @@ def export(arguments: list[str]) -> int:
         "--to",
         type=lambda form: {"f16": "float16", "f32": "float32", "bfloat16": "bf16"}.get(form.lower(), form.lower()),
         choices=KINDS,
-        help="folder: ternary codes with scales that divide or multiply, plain floats, or integers as GPTQ has them",
+        help="folder: ternary codes with scales that divide or multiply, plain floats, or integers as GPTQ or "
+        "compressed-tensors have them",
     )
     parser.add_argument("--i2-s", choices=("x86", "arm"), help="GGUF: order of I2_S codes (default x86)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")

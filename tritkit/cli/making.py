@@ -80,14 +80,17 @@ def quantize(arguments: list[str]) -> int:
         "quantize",
         "Quantise the linears of MODEL after training. RECIPE is a TOML file, a mix of llama.cpp (q4_k_m), or the\n"
         "name of a format (int4_g64, nf4, q5_k, ternary); without one the options say it. A run that was stopped goes\n"
-        "on at the layer it was in. Any setting of a recipe may follow as --a.b=value.",
+        "on at the layer it was in. Any setting of a recipe may follow: --gptq.damping=0.02, --importance=false\n"
+        "(docs/quantisation.md lists them).",
         "tritkit quantize models/smol models/smol-q4 --format int4_g64 --method gptq --calibration wiki.txt",
     )
     parser.add_argument("model", metavar="MODEL", help="a model folder or a GGUF file")
     parser.add_argument("out", metavar="OUT", help="the folder to write")
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="recipe file, mix or format")
     parser.add_argument("--format", help="of the weights: int{2..8}[_gN|_row|_tensor][_asym], nf4, q4_k, ternary ...")
-    parser.add_argument("--method", help="rtn, gptq or search (default: search for ggml's formats, else rtn)")
+    parser.add_argument(
+        "--method", help="rtn, gptq or search (default: search for ggml's formats, gptq with --bits, else rtn)"
+    )
     parser.add_argument("--range", help="how a grid is chosen: absmax, minmax, percentile, mse, entropy")
     parser.add_argument("--inputs", help="format of activations, for instance int8_row; +outliers for LLM.int8()")
     parser.add_argument("--inputs-range", help="static ranges of activations: absmax, minmax, percentile, mse, entropy")
@@ -95,20 +98,27 @@ def quantize(arguments: list[str]) -> int:
     parser.add_argument("--correct", help="qwt: a closed-form compensation of each layer")
     parser.add_argument("--embedding", help="format of the embedding (default: as it is)")
     parser.add_argument("--head", help="format of the output head, where the model has one of its own")
-    parser.add_argument("--bits", type=float, help="mixed formats by measured sensitivity, so many bits a weight")
+    parser.add_argument(
+        "--bits", type=float, help="mixed formats by measured sensitivity, so many bits a weight (method gptq)"
+    )
     calibration_options(parser)
     parser.add_argument(
         "--imatrix", metavar="FILE", help="llama.cpp's importance matrix; measured and written where there is none"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what OUT holds")
     options, rest = parser.parse_known_intermixed_args(arguments)
-    overrides = dotted(rest, parser)
+    from ..config import names as settings_of
+    from ..methods.recipe import Recipe, read_recipe
+
+    overrides = dotted(rest, parser, [name for name in settings_of(Recipe) if "." not in name])
     names = ("format", "method", "range", "inputs", "inputs_range", "transform", "correct", "embedding", "head")
     overrides |= {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if options.bits is not None:
         overrides["budget.bits"] = str(options.bits)
+        if options.recipe is None:  # the calibration that a budget needs is GPTQ's too, and with it bits go further
+            overrides.setdefault("method", "gptq")
     from ..methods.quantizer import quantize_folder
-    from ..methods.recipe import read_recipe
+    from ..progress import console
     from ..tables import print_metrics
 
     metrics = quantize_folder(
@@ -123,4 +133,7 @@ def quantize(arguments: list[str]) -> int:
         imatrix=options.imatrix,
     )
     print_metrics(options.out, metrics)
+    if "calibration_sequences" not in metrics:
+        line = "nothing is recorded of inputs and outputs, since no text was read; --calibration TEXT has them measured"
+        console().print(line, style="dim", soft_wrap=True)
     return 0

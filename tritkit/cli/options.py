@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+from collections.abc import Collection
 from typing import Any
 
 Parser = argparse.ArgumentParser
@@ -87,12 +88,15 @@ def sampling(options: argparse.Namespace) -> Any:
     )
 
 
-def dotted(rest: list[str], parser: Parser) -> dict[str, str]:
+def dotted(rest: list[str], parser: Parser, plain: Collection[str] = ()) -> dict[str, str]:
+    """Settings by their dotted names, from --a.b=value; plain: those without a dot."""
     overrides = {}
     for argument in rest:
         name, equals, value = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or not equals or "." not in name:
+        name = name if "." in name else name.replace("-", "_")
+        if not argument.startswith("--") or not equals or ("." not in name and name not in plain):
             known = [option for option in parser._option_string_actions if option.startswith("--")]
+            known += [f"--{name}=" for name in plain]
             close = difflib.get_close_matches(argument, known, n=1)
             hint = f"did you mean {close[0]}?" if close else "settings are written --a.b=value"
             raise ValueError(f"{parser.prog} does not know {argument!r}; {hint}")

@@ -43,9 +43,12 @@ class Option:
     cost: float
 
 
-def rules_for(model: ModelFolder, loaded: LoadedRecipe, data: Calibration) -> list[Rule]:
+def rules_for(
+    model: ModelFolder, loaded: LoadedRecipe, data: Calibration, importance: Mapping[str, Tensor] | None = None
+) -> list[Rule]:
     """A rule for each linear that the recipe's rules name no format for, so that all linears together, and what is
-    stored beside them, stay within the recipe's budget of bits a weight. ValueError where that cannot be."""
+    stored beside them, stay within the recipe's budget of bits a weight. importance: of their columns, float32 [in],
+    in place of what the data says. ValueError where that cannot be."""
     bits = loaded.recipe.budget.bits
     assert bits is not None
     settings = settings_of(loaded, linear_names(model.config))
@@ -54,7 +57,7 @@ def rules_for(model: ModelFolder, loaded: LoadedRecipe, data: Calibration) -> li
     said = f"of the {budget:,} bytes of the budget, compensation and grids of inputs take {taken:,}"
     if taken >= budget:
         raise ValueError(f"{said}, which leaves nothing for the weights; give more bits, or leave out correct")
-    options = measure(model, loaded, data)
+    options = measure(model, loaded, data, importance)
     try:
         chosen = choose(options, budget - taken)
     except ValueError as error:
@@ -127,7 +130,9 @@ def _gain(points: list[Option], at: int) -> float:
     return _slope(points[at], points[at + 1])
 
 
-def measure(model: ModelFolder, loaded: LoadedRecipe, data: Calibration) -> dict[str, list[Option]]:
+def measure(
+    model: ModelFolder, loaded: LoadedRecipe, data: Calibration, importance: Mapping[str, Tensor] | None = None
+) -> dict[str, list[Option]]:
     """The options of every linear of the layers, measured on the float model; one that a rule gives a format has no
     other."""
     stream = DecoderStream(model)
@@ -143,7 +148,9 @@ def measure(model: ModelFolder, loaded: LoadedRecipe, data: Calibration) -> dict
                 advance()
         gradient = _drawn_gradient(stream, states.pop())
         for number in reversed(range(layers)):
-            gradient, options = _layer(model, stream, loaded, number, states.pop(), gradient, settings)
+            gradient, options = _layer(
+                model, stream, loaded, number, states.pop(), gradient, settings, importance or {}
+            )
             found |= options
             advance()
     return {name: found[name] for name in linear_names(model.config)}
@@ -168,6 +175,7 @@ def _layer(
     x: Tensor,
     gradient: Tensor,
     settings: Mapping[str, Settings],
+    importance: Mapping[str, Tensor],
 ) -> tuple[Tensor, dict[str, list[Option]]]:
     """Options of one layer's linears, and the gradient at its input."""
     at = f"model.layers.{number}."
@@ -192,6 +200,7 @@ def _layer(
             inputs, outward = (t.flatten(0, -2).float() for t in seen[name])
             stats = InputStats(inputs.shape[1])
             stats.update(inputs)
+            stats = stats.weighed(importance[name]) if name in importance else stats
             given = settings[name]
             names = [given["format"]] if given["format"] is not None else loaded.recipe.budget.options
             if names == [KEEP]:

@@ -44,7 +44,7 @@ class BlockJob:
     """linears: those of the block by their full names; plans: what becomes of each; inputs: chunks of what the block
     reads, none where there is no calibration data; importance: of the columns of linears, from a file; walk: the
     block's pass in stages, which spares it being computed anew for each; before: takes what the float block returns,
-    where ``collects_at_once``."""
+    where ``collects_at_once``; layout_of: where codes will be kept (none: in the layout of their format)."""
 
     block: nn.Module
     linears: dict[str, nn.Module]
@@ -53,9 +53,10 @@ class BlockJob:
     call: Call
     inputs: Sequence[Tensor]
     advance: Callable[[], None] = lambda: None
-    importance: Mapping[str, Tensor] = field(default_factory=dict)
+    importance: dict[str, Tensor] = field(default_factory=dict)
     walk: Callable[[nn.Module, int, Tensor], Walk] | None = None
     before: list[Tensor] | None = None
+    layout_of: Callable[[Plan], str] | None = None
     done: dict[str, Quantised] = field(default_factory=dict)
 
 
@@ -83,7 +84,9 @@ def input_rows(module: nn.Module, x: Tensor) -> Tensor:
     """What a row of the matrix is multiplied with, float32 [n, in]."""
     if not isinstance(module, nn.Conv2d):
         return x.reshape(-1, x.shape[-1])
-    columns = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)  # type: ignore[arg-type]
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    x = F.pad(x, module._reversed_padding_repeated_twice, mode)
+    columns = F.unfold(x, module.kernel_size, module.dilation, 0, module.stride)  # type: ignore[arg-type]
     return columns.transpose(1, 2).reshape(-1, columns.shape[1])
 
 
@@ -91,7 +94,7 @@ def _geometry(module: nn.Module) -> tuple:
     """What else its rows depend on: convolutions of one picture may unfold it differently."""
     if not isinstance(module, nn.Conv2d):
         return ()
-    return module.kernel_size, module.stride, module.padding, module.dilation
+    return module.kernel_size, module.stride, module.padding, module.padding_mode, module.dilation
 
 
 def _wanted(job: BlockJob) -> dict[str, nn.Module]:
@@ -258,7 +261,12 @@ def _solve(job: BlockJob, name: str, stats: InputStats | None) -> None:
         raise ValueError(f"{name}: {plan.format.name if plan.format else ''} cannot hold its weights: the scales are "
                          "not finite")  # fmt: skip
     seconds = time.perf_counter() - began
-    job.done[name] = Quantised(weight, inputs, record_of(before, after, weight, plan, stats, seconds, inputs))
+    layout = None if job.layout_of is None or plan.format is None else job.layout_of(plan)
+    try:
+        record = record_of(before, after, weight, plan, stats, seconds, inputs, layout)
+    except ValueError as error:  # that layout cannot hold it
+        raise ValueError(f"{name}: {error}") from None
+    job.done[name] = Quantised(weight, inputs, record)
     parameter = parameter_of(module)
     parameter.data = after.reshape(parameter.shape).to(parameter.dtype)
     if inputs is not None:
@@ -280,7 +288,7 @@ def input_quantizer(plan: Plan, stats: InputStats | None, recipe: Recipe) -> Inp
     if plan.inputs_range is None:
         return InputQuantizer(format, outliers=outliers)
     if stats is None or not stats.tokens:
-        raise ValueError("static ranges of inputs need calibration data; give text with --calibration")
+        raise ValueError("static ranges of inputs need calibration data; give batches of inputs")
     if format.group != "tensor" or not isinstance(format, Integer):
         raise ValueError(
             f"static ranges are one for all tokens, but inputs in {format.name} have one for each; "

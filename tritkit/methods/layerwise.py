@@ -90,7 +90,8 @@ class Layerwise:
                 weight = METHODS[plan.method](before, plan, stats, self.loaded.recipe)
                 arrays = rtn.packed(weight, layout_of(plan)).arrays
                 after = weight.dequantize()
-                record = record_of(before, after, weight, plan, stats, time.perf_counter() - began)
+                seconds = time.perf_counter() - began
+                record = record_of(before, after, weight, plan, stats, seconds, layout=layout_of(plan))
                 self.partial.keep(name, {f"{name}.{k}": stored(a) for k, a in arrays.items()}, {name: record})
                 record = self.partial.record(name)
             self.records |= record or {}
@@ -121,9 +122,9 @@ class Layerwise:
         layer = self.stream.layer(number)
         linears = {n: layer.get_submodule(n[len(at) :]) for n in linear_names(self.model.config) if n.startswith(at)}
         job = BlockJob(
-            layer, linears, self.plans, self.loaded.recipe, self.stream.call, inputs, importance=self.importance
+            layer, linears, self.plans, self.loaded.recipe, self.stream.call, inputs, importance=dict(self.importance)
         )
-        job.walk = self.stream.walk
+        job.walk, job.layout_of = self.stream.walk, layout_of
 
         def judge(states: list) -> float:
             return self.stream.divergence(reference, self.stream.finish(states, number + 1))
@@ -170,6 +171,8 @@ class Layerwise:
             if scale is None:
                 continue
             apply(layer, fold, scale)
+            for name in set(names) & set(job.importance):  # of inputs that are smaller now
+                job.importance[name] = job.importance[name] / scale.square()
             source = layer.get_submodule(fold.source)
             if at + fold.source not in self.plans or self.plans[at + fold.source].format is None:
                 changed.append(f"{fold.source}.weight")

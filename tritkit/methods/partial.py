@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -38,31 +39,57 @@ def stored(array: np.ndarray) -> StoredTensor:
 class Partial:
     """One part for each layer ("0", "1", ...), and for the embedding and head. A part is there when its .json is."""
 
-    def __init__(self, folder: Path, is_new: bool = False):
-        """is_new: nothing of an earlier run is in it."""
-        self.folder, self.is_new = folder, is_new
+    def __init__(self, folder: Path, is_new: bool, job: dict[str, Any], began: float):
+        """is_new: nothing of an earlier run is in it. job: {"digest", "seconds"} of the runs before this one, which
+        began at that perf_counter."""
+        self.folder, self.is_new, self.job, self.began = folder, is_new, job, began
 
     @classmethod
     def begin(
-        cls, out: Path, model: ModelFolder, loaded: LoadedRecipe, data: Calibration | None, *more: str
+        cls,
+        out: Path,
+        model: ModelFolder,
+        loaded: LoadedRecipe,
+        data: Calibration | None,
+        *more: str,
+        overwrite: bool = False,
+        began: float | None = None,
     ) -> Partial:
         """The place for that work: what an earlier run of the very same left there, or a new one. more: what else
-        the result depends on."""
+        the result depends on; began: when this run did, of perf_counter. ValueError where layers of another recipe,
+        text or model are finished there, unless they may be dropped (overwrite)."""
         folder = out.absolute().with_name(f".{out.name}.partial")
         parts = [*model.path.glob("*.safetensors"), model.path / "config.json"]
         files = [model.path] if model.path.is_file() else sorted(parts)
         facts = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
         job = [facts, loaded.text(), None if data is None else data.digest(), __version__, *more]
         digest = hashlib.sha256(json.dumps(job).encode()).hexdigest()
-        is_new = not (folder / "job.json").is_file() or read_object(folder / "job.json").get("digest") != digest
+        before = read_object(folder / "job.json") if (folder / "job.json").is_file() else {}
+        is_new = before.get("digest") != digest
         if is_new:
+            finished = len(_layers(folder))
+            if finished and not overwrite:
+                raise ValueError(
+                    f"{folder} holds {finished} finished layers of another recipe, text, model or version; --overwrite "
+                    "drops them, the command that made them goes on with them"
+                )
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            with atomic_open(folder / "job.json") as file:
-                json.dump({"digest": digest}, file)
-        return cls(folder, is_new)
+            before = {"digest": digest, "seconds": 0.0}
+        partial = cls(folder, is_new, before, time.perf_counter() if began is None else began)
+        partial._note()
+        return partial
+
+    def seconds(self) -> float:
+        """Since the beginning, in this run and those before it that got a part done."""
+        return self.job["seconds"] + time.perf_counter() - self.began
+
+    def _note(self) -> None:
+        with atomic_open(self.folder / "job.json") as file:
+            json.dump(self.job | {"seconds": self.seconds()}, file)
 
     def keep(self, part: str, tensors: dict[str, StoredTensor], records: dict[str, Any]) -> None:
+        self._note()
         write_tensors(self.folder / f"{part}.safetensors", tensors, {})
         with atomic_open(self.folder / f"{part}.json") as file:
             json.dump(records, file)
@@ -86,10 +113,14 @@ class Partial:
 
     def parts(self) -> list[str]:
         """In the order in which a file of the model would have them."""
-        numbers = sorted(int(p.stem) for p in self.folder.glob("*.json") if p.stem.isdigit())
         tables = [name for name in (EMBEDDING, HEAD) if self.record(name) is not None]
         tuned = ["finetuned"] if self.record("finetuned") is not None else []  # over what the layers have
-        return [*tables, *map(str, numbers), *tuned]
+        return [*tables, *map(str, _layers(self.folder)), *tuned]
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _layers(folder: Path) -> list[int]:
+    """Those that are finished."""
+    return sorted(int(p.stem) for p in folder.glob("*.json") if p.stem.isdigit())

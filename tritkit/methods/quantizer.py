@@ -8,6 +8,7 @@ was stopped goes on at the layer it was in.
 from __future__ import annotations
 
 import hashlib
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -55,7 +56,7 @@ def quantize_folder(
     source: Path | str,
     out: Path | str,
     recipe: LoadedRecipe | Recipe | str | Path,
-    calibration: Sequence[str] | None = (),
+    calibration: Sequence[str] | str | None = None,
     *,
     sequences: int = 32,
     length: int = 2048,
@@ -68,7 +69,7 @@ def quantize_folder(
 
     recipe: one in Python, a file, or a name. calibration: files, folders or globs of text, of which ``sequences``
     sequences of ``length`` tokens are taken; methods that need none use them to record what quantising does to the
-    outputs, unless ``measure_inputs`` is False. None as calibration takes the bundled books where data is needed.
+    outputs, unless ``measure_inputs`` is False. None takes the bundled books where data is needed, () refuses that.
     imatrix: file of llama.cpp's importance matrix, which weighs the search; where there is none it is measured on the
     float model and the calibration text, and written. ValueError for anything that cannot be, and then nothing is.
     """
@@ -82,16 +83,9 @@ def quantize_folder(
     require_fit(model, plans)
     if imatrix is not None:
         require_weighed(loaded, plans, imatrix)
-    needs = next((n for n, p in plans.items() if needs_inputs(p, loaded)), None)
+    needs = next((what_needs(p, loaded) for p in plans.values() if needs_inputs(p, loaded)), None)
     collects = imatrix is not None and not Path(imatrix).exists()
-    if calibration is None:
-        calibration = [str(bundled_text())] if needs or collects else []
-        if calibration:
-            console().print("calibrating on the bundled books; --calibration TEXT names another text", style="dim")
-    if collects and not calibration:
-        raise ValueError(f"there is no importance matrix {imatrix}; to measure one, give text with --calibration")
-    if needs and not calibration:
-        raise ValueError(f"{what_needs(plans[needs], loaded)} needs calibration data; give text with --calibration")
+    calibration = _texts(calibration, needs, imatrix if collects else None)
     for name, tensor in model.tensors.items():  # reads every byte: what can be refused without that has been
         require_finite(model, name, tensor)
     data = None
@@ -100,19 +94,39 @@ def quantize_folder(
         data = read_calibration(
             model.tokenizer(), calibration, sequences, length, held, model.config.max_position_embeddings, text_field
         )
-    weights = {} if imatrix is None else importance_of(model, Path(imatrix), data)
-    partial = Partial.begin(out, model, loaded, data, _digest(weights))
+    weights = {} if imatrix is None or collects else importance_of(model, Path(imatrix))
+    how = "measured" if collects else _digest(weights)
+    partial = Partial.begin(out, model, loaded, data, how, overwrite=overwrite, began=began)
     try:
+        measured = partial.folder / f"importance{Path(imatrix or '').suffix}"  # a stopped run goes on with it
+        if collects:
+            assert data is not None
+            if not measured.exists():
+                collect_importance(model, data).save(measured)
+            weights = importance_of(model, measured)
         if loaded.recipe.budget.bits is not None:
             assert data is not None
-            loaded = loaded.over(_rules(model, loaded, data, partial))
+            loaded = loaded.over(_rules(model, loaded, data, partial, weights))
         plans = all_plans(model, loaded, data is not None or imatrix is not None)
         for warning in warnings_of(model, plans):
-            console().print(f"warning: {warning}", style="yellow", soft_wrap=True)
+            _warn(warning)
+        weighed = [plan for plan in plans.values() if plan.format and plan.method == "search"]
+        if data is not None and imatrix is None and loaded.recipe.importance and weighed:
+            console().print("the search is weighed by the inputs on the calibration text", style="dim")
         quantizer = Layerwise(model, loaded, plans, data, partial, weights)
         quantizer.run()
+        damped = [name for name, record in quantizer.records.items() if "note" in record]
+        if damped:
+            _warn(f"the second moments of inputs of {len(damped)} linears ({damped[0]} ...) were singular; they were "
+                  "damped more than the recipe says")  # fmt: skip
         tuned = quantizer.finetune() if loaded.recipe.correct and loaded.recipe.qwt.finetune else None
-        metrics = _write(model, out, loaded, given.digest(), plans, quantizer, calibration, tuned, began)
+        options: dict[str, Any] = {} if imatrix is None else {"imatrix": str(imatrix)}
+        if data is not None:
+            options |= {"calibration": calibration, "sequences": sequences, "length": length, "text_field": text_field}
+        if collects and imatrix is not None:
+            with atomic_open(imatrix, "wb") as file:
+                file.write(measured.read_bytes())
+        metrics = _write(model, out, loaded, given.digest(), plans, quantizer, options, tuned)
     except ValueError:  # will not go better another time, so there is nothing to go on with
         if partial.is_new:
             partial.remove()
@@ -121,13 +135,39 @@ def quantize_folder(
     return metrics
 
 
-def _rules(model: ModelFolder, loaded: LoadedRecipe, data: Calibration, partial: Partial) -> list[Rule]:
+def _texts(given: Sequence[str] | str | None, needs: str | None, imatrix: Path | str | None) -> list[str]:
+    """The names of the calibration texts: those that are given, or (None) the bundled books for what needs any. needs:
+    that; imatrix: the file of importance that is to be measured. ValueError where there is none, but a need for it."""
+    if imatrix is not None and not Path(imatrix).absolute().parent.is_dir():
+        raise ValueError(f"there is no folder {Path(imatrix).absolute().parent} to write {Path(imatrix).name} into")
+    if given is None and (needs or imatrix is not None):
+        console().print("calibrating on the bundled books; --calibration TEXT names another text", style="dim")
+        return [str(bundled_text())]
+    found = [given] if isinstance(given, str) else list(given or ())
+    if imatrix is not None and not found:
+        raise ValueError(f"there is no importance matrix {imatrix}; to measure one, give text with --calibration")
+    if needs and not found:
+        raise ValueError(f"{needs} needs calibration data; give text with --calibration")
+    return found
+
+
+def _warn(sentence: str) -> None:
+    console().print(f"warning: {sentence}", style="yellow", soft_wrap=True)
+
+
+def _rules(
+    model: ModelFolder,
+    loaded: LoadedRecipe,
+    data: Calibration,
+    partial: Partial,
+    importance: Mapping[str, torch.Tensor],
+) -> list[Rule]:
     """What a budget of bits becomes; what an earlier run found, which took long, is not measured again."""
     from .allocate import rules_for
 
     found = partial.record("rules")
     if found is None:
-        found = {"rules": [asdict(rule) for rule in rules_for(model, loaded, data)]}
+        found = {"rules": [asdict(rule) for rule in rules_for(model, loaded, data, importance)]}
         partial.keep("rules", {}, found)
     return [Rule(**rule) for rule in found["rules"]]
 
@@ -145,11 +185,17 @@ def bundled_text() -> Path:
     return Path(__file__).parent.parent / "bundled" / "text" / "train.txt.xz"
 
 
-def importance_of(model: ModelFolder, path: Path, data: Calibration | None) -> dict[str, torch.Tensor]:
-    """The importance of the columns of each matrix that the file speaks of; measured and written where it is not."""
-    if not path.exists():
-        assert data is not None
-        collect_importance(model, data).save(path)
+def _command(model: ModelFolder, options: Mapping[str, Any]) -> str:
+    """What makes the folder again, with its tritkit.toml as the recipe."""
+    words = ["tritkit", "quantize", str(model.path), "OUT", "THIS_FILE"]
+    for name, value in options.items():
+        for one in value if isinstance(value, list) else [value]:
+            words += [f"--{name.replace('_', '-')}", str(one)]
+    return shlex.join(words)
+
+
+def importance_of(model: ModelFolder, path: Path) -> dict[str, torch.Tensor]:
+    """The importance of the columns of each matrix that the file speaks of."""
     found = read_importance(path)
     weights = {}
     for name in matrix_names(model.config):
@@ -173,12 +219,11 @@ def _write(
     digest: str,
     plans: dict[str, Plan],
     quantizer: Layerwise,
-    calibration: Sequence[str],
+    options: Mapping[str, Any],
     tuned: Mapping[str, Any] | None,
-    began: float,
 ) -> dict[str, Any]:
     """The finished folder, written beside and moved; returns its metrics, which results.json has too. digest: of the
-    recipe as it was given, before a budget became rules."""
+    recipe as it was given, before a budget became rules; options: beside the recipe, what decides about the result."""
     coded = {name: layout_of(plan) for name, plan in plans.items() if plan.format is not None}
     layouts = {name: layout for name, layout in model.layouts.items() if name not in coded} | coded
     tensors: dict[str, StoredTensor] = {
@@ -200,7 +245,7 @@ def _write(
         if model.path.is_dir():
             copy_companions(model.path, folder)
         with atomic_open(folder / "tritkit.toml") as file:
-            file.write(f"# parent: {model.path}\n{loaded.text()}")
+            file.write(f"# parent: {model.path}\n# {_command(model, options)}\n{loaded.text()}")
         written = open_folder(folder)
         for name in coded:
             for suffix, array in written.packed(name).arrays.items():
@@ -222,13 +267,13 @@ def _write(
         "recipe_digest": digest,
         "types": ", ".join(f"{count} {kind}" for kind, count in sorted(types.items(), key=lambda t: -t[1])),
         "adapters": len(adapters),
-        "quantize_seconds": time.perf_counter() - began,
+        "quantize_seconds": quantizer.partial.seconds(),
         **{f"finetune_{name}": value for name, value in (tuned or {}).items()},
     }
     if loaded.recipe.exact:
         metrics["exact"] = True
     if quantizer.data is not None:  # what the text and the model's context had room for
         metrics["calibration_sequences"], metrics["calibration_length"] = quantizer.data.fit.shape
-    settings = {"parent": str(model.path), "recipe": loaded.text(), "calibration": list(calibration)}
+    settings = {"parent": str(model.path), "recipe": loaded.text(), "calibration": [], **options}
     results.record(out, "quantize", settings, metrics, quantizer.records, begins=True)
     return metrics

@@ -25,8 +25,10 @@ def record_of(
     stats: InputStats | None,
     seconds: float,
     inputs: InputQuantizer | None = None,
+    layout: str | None = None,
 ) -> dict[str, Any]:
-    """before, after: float32 [out, in], the weights and what the codes stand for; inputs: what x goes through first.
+    """before, after: float32 [out, in], the weights and what the codes stand for; inputs: what x goes through first;
+    layout: of the codes where they are stored (none: the format's own).
 
     Errors of outputs are relative to the outputs' own size: |W~ x~ - W x|^2 / |W x|^2, a mean over all calibration
     tokens, or over a sample of them where inputs are rounded or the method has no use for products of inputs.
@@ -37,7 +39,7 @@ def record_of(
         "format": plan.format.name if plan.format else None,
         "method": plan.method if plan.format else None,
         "inputs": plan.inputs,
-        "bits": bits_of(weight),
+        "bits": bits_of(weight, layout),
         "mse": noise,
         "snr_db": decibels(signal, noise),
         "seconds": round(seconds, 4),
@@ -82,13 +84,13 @@ def inputs_record(stats: InputStats) -> dict[str, Any]:
     return {"facts": facts, "histogram": histogram(rows)}
 
 
-def bits_of(weight: QTensor | None) -> float | None:
-    """Bits a weight, scales included, as the format's layout stores it."""
+def bits_of(weight: QTensor | None, layout: str | None = None) -> float | None:
+    """Bits a weight, scales included, as a layout (none: the format's own) stores it."""
     if weight is None:
         return None
     from .rtn import packed
 
-    return 8 * packed(weight).nbytes / weight.codes.numel()
+    return 8 * packed(weight, layout).nbytes / weight.codes.numel()
 
 
 def histogram(values: Tensor) -> dict[str, Any]:
