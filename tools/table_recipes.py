@@ -15,8 +15,7 @@ int8_g64_rtn int8_g64_gptq int4_g64_rtn int4_g64_gptq int4_g64_rtn_qwt int4_g64_
 int4_row_rtn_qwt int4_row_gptq_qwt int3_g64_rtn int3_g64_gptq int3_g64_rtn_qwt int3_g64_gptq_qwt int2_g64_rtn
 int2_g64_gptq int2_g64_rtn_qwt int2_g64_gptq_qwt q4_0_search mix_q6_k mix_q5_k_m mix_q4_k_m mix_q4_k_m_imatrix
 mix_q3_k_m mix_q3_k_m_imatrix mix_q2_k mix_q2_k_imatrix nf4 llm_int8 w8a8_dynamic w8a8_static_absmax
-w8a8_static_percentile w8a8_static_mse w8a8_static_entropy bits_3.5 bits_3.5_gptq ternary_rtn ternary_gptq
-binary_gptq w4a8_rtn w4a8_rtn_qwt w4a8_gptq w4a8_gptq_qwt w4a4_rtn w4a4_rtn_qwt w4a4_gptq w4a4_gptq_qwt
+w8a8_static_percentile w8a8_static_mse w8a8_static_entropy bits_3.5 bits_3.5_gptq ternary_rtn w4a8_rtn w4a8_rtn_qwt w4a8_gptq w4a8_gptq_qwt w4a4_rtn w4a4_rtn_qwt w4a4_gptq w4a4_gptq_qwt
 """.split()  # noqa: SIM905  the rows that are measured on the full-precision twin too
 SEARCH = {8: "q8_0", 5: "q5_0", 4: "q4_0"}  # those that SmolLM2's rows of 576 can be cut into
 
@@ -42,8 +41,7 @@ def rows() -> dict[str, str]:
     found["w8a8_dynamic"] = 'format = "int8_row"\ninputs = "int8_row"\n'
     for method in RANGES:
         found[f"w8a8_static_{method}"] = f'format = "int8_row"\ninputs = "int8_tensor"\ninputs_range = "{method}"\n'
-    for method in ("absmax", "mse"):
-        found[f"w8a8_static_{method}_smoothquant"] = found[f"w8a8_static_{method}"] + 'transform = "smoothquant"\n'
+    found["w8a8_static_mse_smoothquant"] = found["w8a8_static_mse"] + 'transform = "smoothquant"\n'
     for bits in (8, 4):
         weights = f'format = "int4_g64"\ninputs = "int{bits}_row"\n'
         for method in ("rtn", "gptq"):
@@ -51,12 +49,9 @@ def rows() -> dict[str, str]:
             found[f"w4a{bits}_{method}_qwt"] = f'{weights}method = "{method}"\ncorrect = "qwt"\n'
     found |= same_size(1.5)
     found["int4_g64_awq"] = 'format = "int4_g64"\ntransform = "awq"\n'
-    found["int3_g64_awq"] = 'format = "int3_g64"\ntransform = "awq"\n'
     found["bits_3.5"] = "[budget]\nbits = 3.5\n"
     found["bits_3.5_gptq"] = 'method = "gptq"\n[budget]\nbits = 3.5\n'
     found["ternary_rtn"] = 'format = "ternary"\n'
-    found["ternary_gptq"] = 'format = "ternary"\nmethod = "gptq"\n'
-    found["binary_gptq"] = 'format = "binary"\nmethod = "gptq"\n'
     return found
 
 
@@ -75,7 +70,8 @@ def same_size(terms: float) -> dict[str, str]:
 
 def twin_rows() -> dict[str, str]:
     """Those of the full-precision twin, whose terms of QwT take 1.78 bits a weight."""
-    return {name: text for name, text in rows().items() if name in TWIN} | same_size(1.78)
+    ruins = {f"{name}_gptq": f'format = "{name}"\nmethod = "gptq"\n' for name in ("ternary", "binary")}
+    return {name: text for name, text in rows().items() if name in TWIN} | ruins | same_size(1.78)
 
 
 def main() -> None:
