@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tritkit.methods.recipe import KEEP, Plan, plans_of, read_recipe
+from tritkit.config import names
+from tritkit.methods.recipe import KEEP, Plan, Recipe, plans_of, read_recipe
 
 NAMES = [f"model.layers.{i}.{n}" for i in range(3) for n in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")]
 
@@ -187,3 +188,18 @@ def test_the_recipes_that_ship_and_those_of_the_table_are_understood(tmp_path):
     for file in files:
         loaded = read_recipe(file)
         assert loaded.recipe.mix or plans_of(loaded, NAMES)
+
+
+def test_the_documents_know_every_setting(tmp_path):
+    text = (Path(__file__).parent.parent / "docs" / "quantisation.md").read_text(encoding="utf-8")
+    text = text.partition("## Recipes")[2].partition("\n## ")[0]
+    loaded = read_recipe(write(tmp_path, text.partition("```toml")[2].partition("```")[0]))
+    formats = {p.format.name if p.format else None for p in plans_of(loaded, NAMES).values()}
+    assert formats == {"int4_g64", "int6_g64", None}
+    listed = set()
+    for line in text.splitlines():
+        if line.startswith("| `"):  # `gptq.damping` `.sink`
+            first, *others = re.findall(r"`([\w.]+)`", line.split("|")[1])
+            table = first.partition(".")[0]
+            listed |= {first, *(table + name if name.startswith(".") else name for name in others)}
+    assert listed == set(names(Recipe))
