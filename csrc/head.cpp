@@ -6,7 +6,7 @@
 namespace tritkit {
 namespace {
 
-constexpr int kChunkRows = 64;
+constexpr int kChunkRows = kRowsTogether;
 
 float length(const float* x, int n) {
     double squares = 0.0;

@@ -123,7 +123,8 @@ Linear::Linear(int rows, int columns, ActivationFormat activations, const float*
 ptrdiff_t Linear::waiting_sums(int tokens, int threads) const {
     const ptrdiff_t tiles = (rows_ + kTileRows - 1) / kTileRows;
     const ptrdiff_t largest_share = (tiles + threads - 1) / threads * kTileRows;
-    const ptrdiff_t size = std::min(tokens, kFewTokens) * largest_share;
+    const ptrdiff_t largest = std::max<ptrdiff_t>(largest_share, largest_chunk(rows_, threads, kMostTogether));
+    const ptrdiff_t size = std::min(tokens, kFewTokens) * std::min(largest, tiles * kTileRows);
     return tokens > kFewTokens ? std::max(size, static_cast<ptrdiff_t>(tokens) * kPanelRows) : size;
 }
 

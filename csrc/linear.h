@@ -79,6 +79,8 @@ class Activations {
 // The sums of this many rows wait in cache for their scale. One token has few, so all its rows go in one stream.
 constexpr int kPanelRows = kLineEntries;
 constexpr int kFewTokens = 4;
+constexpr int kRowsTogether = 4 * kTileRows;                          // tiles for four streams
+constexpr int kMostTogether = std::max(kRowsTogether, kLineEntries);  // that anybody deals out together
 
 /// A matrix of the model, y = W x + bias, in one of its forms.
 class Linear {
@@ -98,7 +100,7 @@ class Linear {
     virtual std::string layout() const = 0;
 
     /// So many rows are dealt out to threads together.
-    virtual int rows_together() const { return 4 * kTileRows; }  // tiles for four streams
+    virtual int rows_together() const { return kRowsTogether; }
 
     /// The rows that this thread computes: whole tiles.
     Range share(const Team& team) const { return team.share(rows_, kTileRows); }

@@ -14,7 +14,7 @@ double seconds_since(Clock::time_point begin) { return std::chrono::duration<dou
 
 constexpr int64_t kRounds = 2000;  // of the peak loop between two looks at the clock: some 10 us
 constexpr int kMostStreams = 8;
-constexpr int kChunkRows = 64;  // of a product, dealt out as the decoder does
+constexpr int kChunkRows = kRowsTogether;  // of a product, dealt out as the decoder does
 
 /// Bytes of each of `threads` parts: eight streams of an odd number of cache lines, so that they do not all fall into
 /// the same set of a cache.

@@ -43,7 +43,7 @@ std::vector<uint8_t> random_blocks(const SourceLayout& layout, int rows, int col
     return bytes;
 }
 
-/// linear(x) of random tokens, by two threads.
+/// linear(x) of random tokens, by two threads, the rows dealt out as the decoder does.
 std::vector<float> random_product(const Linear& linear, Runner& runner, int tokens, Activations& x) {
     x.reserve(linear.activations());
     for (int t = 0; t < tokens; ++t) {
@@ -55,7 +55,9 @@ std::vector<float> random_product(const Linear& linear, Runner& runner, int toke
     for (Linear::Scratch& scratch : scratches) linear.reserve(tokens, 2, scratch);
     runner.pool.run([&](Team& team) {
         Linear::Scratch& scratch = scratches[static_cast<size_t>(team.rank)];
-        linear.apply(linear.share(team), x, tokens, out.data(), linear.rows(), Linear::Write::kStore, scratch);
+        Chunks chunks(team, linear.rows(), linear.rows_together());
+        for (Range rows = chunks.next(); !rows.empty(); rows = chunks.next())
+            linear.apply(rows, x, tokens, out.data(), linear.rows(), Linear::Write::kStore, scratch);
     });
     return out;
 }

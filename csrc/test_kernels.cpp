@@ -51,6 +51,7 @@ void test_chunks() {
                     Chunks chunks(team, n, unit);
                     for (Range r = chunks.next(); !r.empty(); r = chunks.next()) {
                         if (r.begin % unit || r.begin < 0 || r.end > n) good = false;
+                        if (r.end - r.begin > largest_chunk(n, threads, unit)) good = false;
                         for (int i = r.begin; i < r.end; ++i) ++dealt[static_cast<size_t>(loop * n + i)];
                     }
                 }

@@ -164,6 +164,11 @@ Range Team::share(int n, int unit) const {
 Chunks::Chunks(Team& team, int n, int unit)
     : dealt_(team.pool.crew_->dealt), loop_(++team.loops), n_(n), unit_(unit), size_(team.size) {}
 
+int64_t largest_chunk(int n, int threads, int unit) {
+    const int64_t units = (static_cast<int64_t>(n) + unit - 1) / unit;
+    return (threads == 1 ? units : (units + 2 * threads - 1) / (2 * threads)) * unit;
+}
+
 Range Chunks::next() {
     uint64_t seen = dealt_.load(std::memory_order_relaxed);
     for (;;) {
@@ -172,8 +177,7 @@ Range Chunks::next() {
         if (loop > loop_) return {n_, n_};
         const int begin = loop == loop_ ? static_cast<int>(seen & 0xffffffffu) : 0, left = n_ - begin;
         if (left <= 0) return {n_, n_};
-        const int64_t units = (static_cast<int64_t>(left) + unit_ - 1) / unit_;
-        const int64_t count = (size_ == 1 ? units : (units + 2 * size_ - 1) / (2 * size_)) * unit_;
+        const int64_t count = largest_chunk(left, size_, unit_);
         const int end = count < left ? begin + static_cast<int>(count) : n_;
         if (dealt_.compare_exchange_weak(seen, static_cast<uint64_t>(loop_) << 32 | static_cast<uint32_t>(end),
                                          std::memory_order_relaxed))

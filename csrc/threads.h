@@ -72,6 +72,9 @@ class Chunks {
     int n_, unit_, size_;
 };
 
+/// The most items that Chunks gives to one of `threads` threads at a time.
+int64_t largest_chunk(int n, int threads, int unit);
+
 /// In a child of fork() the threads are gone; the first region there starts new ones.
 class Pool {
  public:
