@@ -57,6 +57,10 @@ def test_by_the_definition(pair, text_file, protocol, monkeypatch):
     assert metrics["divergence_kl_error"] == pytest.approx(kl.std().item() / len(kl) ** 0.5, rel=0.02)  # n or n - 1
     assert metrics["divergence_top1"] == pytest.approx(same.mean().item())
     assert 0 < metrics["divergence_top1"] < 1
+    share = same.mean().item()
+    assert metrics["divergence_top1_error"] == pytest.approx((share * (1 - share) / len(same)) ** 0.5)
+    wanted = metrics[f"{text.name}_perplexity"] * loss.std(correction=0).item() / len(loss) ** 0.5
+    assert metrics[f"{text.name}_perplexity_error"] == pytest.approx(wanted, rel=1e-4)
     assert metrics["divergence_target"] == pytest.approx(change.mean().item(), rel=CLOSE)
     name = protocol.replace(".", "_")
     assert metrics[f"{name}_perplexity"] == pytest.approx(math.exp(loss.mean().item()), rel=CLOSE)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tritkit.formats import format_of
+from tritkit.formats import Grid, format_of
 from tritkit.layouts import LAYOUTS
 from tritkit.methods import gptq, rtn
 from tritkit.methods.recipe import GptqOptions, Plan, Recipe
@@ -58,6 +58,53 @@ def test_it_is_the_algorithm_of_the_paper(name, columns):
     # a value on the edge of two codes may fall either way, and moves all later columns: a few rows at most
     rows = (q.dequantize().double() - wanted).abs().amax(1) < 1e-3
     assert rows.float().mean() > 0.9
+
+
+def on_given_grids(w, hessian, format, grid, order, damping):
+    """The same where the grids are there beforehand, the columns taken in an order."""
+    w, h = w.double().clone(), hessian.double().clone()
+    dead = h.diagonal() == 0
+    h[dead, dead] = h.diagonal()[~dead].mean()
+    w[:, dead] = 0
+    h += damping * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64)
+    inverse, result = torch.linalg.inv(h), torch.zeros_like(w)
+    split = format.split(torch.arange(w.shape[1]).repeat(len(w), 1).float())  # which columns are a group
+    for q in order:
+        group = int((split[0] == q).any(-1).float().argmax()) if split.shape[1] > 1 else 0
+        some = slice(group, group + 1)
+        own = Grid(
+            *(None if t is None else t[:, some] for t in (grid.scale, grid.inverse, grid.offset, grid.threshold))
+        )
+        code = format.encode(w[:, q, None, None].float(), own)
+        result[:, q] = format.decode(code, own)[:, 0, 0].double()
+        w -= torch.outer((w[:, q] - result[:, q]) / inverse[q, q], inverse[q])
+        inverse -= torch.outer(inverse[:, q], inverse[q]) / inverse[q, q]
+    return result
+
+
+@pytest.mark.parametrize("name", ["int4_g32", "int3_row", "int4_tensor", "int3_g16_asym", "nf4", "q4_0"])
+@pytest.mark.parametrize("damping", [0.01, 0.1])
+def test_columns_of_large_inputs_first_is_the_algorithm_on_their_order(name, damping):
+    """The default: grids of the untouched weights, columns by the diagonal of the Hessian; with a massive channel and
+    a dead one."""
+    format, x, w = format_of(name), inputs(), weights()
+    x[:, 9] *= 30
+    x[:, 20] = 0
+    stats = stats_of(x)
+    plan = Plan(format, "gptq")
+    q = gptq.solve(w, plan, stats, Recipe(gptq=GptqOptions(damping=damping)))
+    hessian = stats.hessian / stats.tokens
+    grid = rtn.fit(format.split(w), format, plan, None if name != "q4_0" else stats.second_moment.reshape(
+        format.split(w).shape[1:]))  # fmt: skip
+    diagonal = hessian.diagonal().clone()
+    diagonal[20] = diagonal[[i for i in range(64) if i != 20]].mean()
+    order = torch.argsort(diagonal, descending=True, stable=True).tolist()
+    wanted = on_given_grids(w, hessian, format, grid, order, damping)
+    assert order[0] == 9
+    rows = (q.dequantize().double() - wanted).abs().amax(1) < 1e-3
+    assert rows.float().mean() > 0.9
+    natural = on_given_grids(w, hessian, format, grid, range(64), damping)
+    assert ((q.dequantize().double() - natural).abs().amax(1) < 1e-3).float().mean() < 0.5
 
 
 NATURAL = GptqOptions(act_order=False)

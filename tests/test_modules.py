@@ -1,5 +1,7 @@
 """quantize(module, recipe, batches): modules that are not ours, in place."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -87,6 +89,32 @@ def test_keywords_and_the_rest_of_a_tuple_go_through():
         quantize(model, read_recipe(None, {"format": "int8_g8", "method": "gptq", "correct": "qwt"}), batches)
         after = [model(**b)["hidden"] for b in batches]
     assert max(float((a - b).abs().max()) for a, b in zip(after, before, strict=True)) < 0.05
+
+
+def test_calibration_sees_what_the_model_is_called_with():
+    """Codes are those of the same blocks with the mask built in, and not those without it."""
+    codes = []
+    for kind in ("given", "built in", "none"):
+        model, batches = encoder()
+        for batch in batches:
+            batch["mask"] = (batch["mask"] > 0.5).float()[:1].expand(2, -1, -1) * 3
+        mask = batches[0]["mask"]
+        batches = [{"x": b["x"], "mask": mask} for b in batches]
+        if kind == "built in":
+            for layer in model.layers:
+                layer.forward = partial(layer.forward, mask=mask)
+            model.forward = lambda x, model=model: {"hidden": model.leave(in_order(model, model.enter(x)))}
+        if kind != "given":
+            batches = [{"x": b["x"]} for b in batches]
+        quantize(model, read_recipe(None, {"format": "int3_row", "method": "gptq"}), batches)
+        codes.append(torch.cat([layer.out.floats(slice(None)).flatten() for layer in model.layers]))
+    assert torch.equal(codes[0], codes[1]) and not torch.equal(codes[0], codes[2])
+
+
+def in_order(model, x):
+    for layer in model.layers:
+        x, _ = layer(x)
+    return x
 
 
 def test_convolutions_are_matrices():

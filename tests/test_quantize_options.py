@@ -8,7 +8,7 @@ import torch
 from float_folder import LONG, SHORT, a_folder, a_text, distance, recipe
 
 from tritkit import results
-from tritkit.checkpoint import linear_names, open_folder
+from tritkit.checkpoint import linear_names, open_folder, write_folder
 from tritkit.engine.torch import model_of
 from tritkit.layouts import search
 from tritkit.methods import quantizer
@@ -17,6 +17,8 @@ from tritkit.methods.importance import read_importance
 from tritkit.methods.planning import all_plans
 from tritkit.methods.quantizer import quantize_folder
 from tritkit.methods.recipe import Rule, read_recipe
+from tritkit.methods.stream import DecoderStream
+from tritkit.tensorfile import StoredTensor
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +44,39 @@ def test_qwt_is_stored_and_counted(folder, tmp_path, text):
     added = 8 * len(opened.adapters) * (2 * 64 * 64 + 4 * 64)
     weights = sum(opened.floats(n).size for n in linear_names(opened.config))
     assert opened.bits_per_weight() == pytest.approx(plain + added / weights)
+
+
+@pytest.mark.parametrize(("method", "more"), [("rtn", {}), ("gptq", {"transform": "smoothquant"})])
+def test_qwt_is_fitted_on_the_compensated_prefix(folder, tmp_path, text, method, more):
+    """Each layer of the written model without its term, beside the float layer, on what those before it hand on."""
+    settings = {"format": "int2_g32", "method": method, "correct": "qwt", "qwt.check": "false", "qwt.ridge": "0.1"}
+    quantize_folder(folder, tmp_path / "q", recipe(**settings, **more), [text], **LONG)
+    model, written = open_folder(folder), model_of(open_folder(tmp_path / "q")).eval()
+    reports = results.read(tmp_path / "q")[0]["per_linear"]
+    data = read_calibration(model.tokenizer(), [text], LONG["sequences"], LONG["length"], 6)
+    stream, kept = DecoderStream(model), 0
+    with torch.no_grad():
+        states = [written.model.embed_tokens(t) for t in (data.fit, data.held_out)]
+        for number, layer in enumerate(written.model.layers):
+            after = [stream.call(layer, 0, x) for x in states]
+            report = reports[f"model.layers.{number}.adapter"]
+            if report["kept"]:
+                kept += 1
+                plain = [y - layer.adapter(x) for x, y in zip(states, after, strict=True)]
+                missing = [stream.call(stream.layer(number), 0, x) - y for x, y in zip(states, plain, strict=True)]
+                x, y = (t[0].flatten(0, -2).double().numpy() for t in (states, missing))
+                cx, cy = x - x.mean(0), y - y.mean(0)
+                gram = cx.T @ cx
+                w = np.linalg.solve(gram + 0.1 * np.trace(gram) / len(gram) * np.eye(len(gram)), cx.T @ cy).T
+                b = y.mean(0) - w @ x.mean(0)
+                assert np.abs(layer.adapter.weight.double().numpy() - w).max() < 3e-3 * np.abs(w).max()
+                assert np.abs(layer.adapter.bias.double().numpy() - b).max() < 1e-2 * np.abs(b).max()
+                for name, (x, y) in zip(("r2", "r2_held_out"), zip(states, missing, strict=True), strict=True):
+                    x, y = x.flatten(0, -2).double().numpy(), y.flatten(0, -2).double().numpy()
+                    r2 = 1 - np.square(y - x @ w.T - b).sum() / np.square(y - y.mean(0)).sum()
+                    assert report[name] == pytest.approx(r2, abs=5e-3)
+            states = after
+    assert kept
 
 
 def test_qwt_terms_stay_only_where_the_divergence_falls(folder, tmp_path, text):
@@ -87,6 +122,23 @@ def test_a_budget_is_kept_and_used(folder, tmp_path, text):
     uniform = quantize_folder(folder, tmp_path / "u", recipe(format="int3_g32"), [text], **SHORT)
     assert uniform["bits_per_weight"] == pytest.approx(3.5, abs=0.02)
     assert distance(folder, tmp_path / "q") < 1.1 * distance(folder, tmp_path / "u")
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_a_budget_goes_where_it_helps(tmp_path, text, method):
+    """Four linears of a layer are five times as large, so that what is lost in them is lost in all behind them: the
+    same bits spread evenly are worse by far."""
+    model = open_folder(a_folder(tmp_path / "even"))
+    tensors = {n: StoredTensor(t.dtype, np.array(t.array)) for n, t in model.tensors.items()}
+    for name in ("mlp.down_proj", "mlp.up_proj", "self_attn.o_proj", "self_attn.v_proj"):
+        tensors[f"model.layers.0.{name}.weight"].array[:] *= 3
+    write_folder(tmp_path / "model", model.config, tensors, model.tokenizer(), {})
+    settings = {"budget.bits": 3.5, "budget.options": "int2_g32,int3_g32,int4_g32,int6_g32", "method": method}
+    metrics = quantize_folder(tmp_path / "model", tmp_path / "q", recipe(**settings), [text], sequences=16, length=32)
+    even = recipe(format="int3_g32", method=method)
+    quantize_folder(tmp_path / "model", tmp_path / "u", even, [text], sequences=16, length=32)
+    assert metrics["bits_per_weight"] <= 3.5
+    assert distance(tmp_path / "model", tmp_path / "q") < 0.8 * distance(tmp_path / "model", tmp_path / "u")
 
 
 def test_embedding_and_rules(folder, tmp_path):

@@ -1,5 +1,7 @@
 """QwT's closed form against least squares of numpy, and what happens to it in a model."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from torch import nn
 
 from tritkit import quantize
 from tritkit.methods import qwt
-from tritkit.methods.recipe import read_recipe
+from tritkit.methods.recipe import QwtOptions, Recipe, read_recipe
 
 
 def pairs(tokens=400, features=16, outputs=12, seed=0, noise=0.1):
@@ -96,6 +98,59 @@ def test_it_takes_back_a_good_part_of_the_error(method):
     kept = [name for name, entry in report["adapters"].items() if entry["kept"]]
     assert kept and all(hasattr(model.get_submodule(name), "adapter") for name in kept)
     assert report["adapter_bytes"] == sum(2 * 32 * 32 + 4 * 32 for _ in kept)
+
+
+def ridge_of(x, missing, ridge):
+    """W and b for rows x and what is missing, in float64: the closed form for centred columns."""
+    x, missing = (
+        np.concatenate([t.reshape(-1, t.shape[-1]) for t in all_]).astype(np.float64) for all_ in (x, missing)
+    )
+    cx, cy = x - x.mean(0), missing - missing.mean(0)
+    gram = cx.T @ cx
+    w = np.linalg.solve(gram + ridge * np.trace(gram) / len(gram) * np.eye(len(gram)), cx.T @ cy).T
+    b = missing.mean(0) - w @ x.mean(0)
+    left = missing - x @ w.T - b
+    return w, b, 1 - np.square(left).sum() / np.square(cy).sum()
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_terms_are_fitted_on_the_compensated_prefix(method):
+    """x of each block is what the quantised and compensated blocks before it make; the target is what the float block
+    makes of that very x, less what the quantised one does."""
+    model, batches, _ = a_model()
+    floats = copy.deepcopy(model)
+    recipe = Recipe(format="int3_row", method=method, correct="qwt", qwt=QwtOptions(check=False, ridge=0.05))
+    report = quantize(model, recipe, batches)["adapters"]
+    with torch.no_grad():
+        states = [model.enter(batch) for batch in batches]
+        for name, number in (("blocks.0", 0), ("blocks.1", 1), ("blocks.2", 2)):
+            block, before = model.blocks[number], floats.blocks[number]
+            assert report[name]["kept"]
+            after = [block(x)[0] for x in states]  # with the term
+            missing = [before(x)[0] - (y - block.adapter(x)) for x, y in zip(states, after, strict=True)]
+            rows = [[t.numpy() for t in values] for values in (states, missing)]
+            w, b, r2 = ridge_of(rows[0][:7], rows[1][:7], 0.05)  # one of eight batches is held out
+            stored = block.adapter.weight.double().numpy(), block.adapter.bias.double().numpy()
+            assert np.abs(stored[0] - w).max() < 2e-3 * np.abs(w).max()
+            assert np.abs(stored[1] - b).max() < 5e-3 * np.abs(b).max()
+            assert report[name]["r2"] == pytest.approx(r2, abs=1e-3)
+            x, y = rows[0][7].reshape(-1, 32), rows[1][7].reshape(-1, 32)
+            held = 1 - np.square(y - x @ w.T - b).sum() / np.square(y - y.mean(0)).sum()
+            assert report[name]["r2_held_out"] == pytest.approx(held, abs=5e-3)
+            states = after
+
+
+def test_a_term_that_explains_nothing_held_out_is_dropped():
+    """14 rows for 32 channels: what is fitted is fitted wholly, and says nothing of others."""
+    torch.manual_seed(1)
+    model = Model().eval()
+    batches = [torch.randn(1, 2, 8) for _ in range(8)]
+    recipe = Recipe(format="int2_row", correct="qwt", qwt=QwtOptions(check=False, ridge=0.0))
+    report = quantize(model, recipe, batches)
+    dropped = [entry for entry in report["adapters"].values() if entry["r2_held_out"] <= 0]
+    assert dropped and all(entry["r2"] > 0.8 and not entry["kept"] for entry in dropped)
+    for name, entry in report["adapters"].items():
+        assert entry["kept"] == (entry["r2_held_out"] > 0) == hasattr(model.get_submodule(name), "adapter")
 
 
 def test_a_term_that_does_harm_is_left_out():

@@ -14,7 +14,7 @@ from tritkit.cli import main
 from tritkit.engine.codes import NotNative
 from tritkit.engine.load import load
 from tritkit.evals import divergence
-from tritkit.evals.perplexity import evaluate
+from tritkit.evals.perplexity import evaluate, held_out_text
 from tritkit.methods.quantizer import quantize_folder
 from tritkit.methods.recipe import LoadedRecipe, Recipe, read_recipe
 from tritkit.sweeps import estimate as estimate_module
@@ -346,6 +346,22 @@ def test_why_llama_cpp_has_no_number(place):
     assert "* llama.cpp itself has numbers of the rows whose weights," in markdown(tree)
     tree["rows"][1]["metrics"] |= {"peer_error": "llama.cpp ended with code 6"}
     assert "* llama.cpp failed on rtn4: llama.cpp ended with code 6.\n" in markdown(tree)
+
+
+def test_a_calibration_text_that_holds_the_test_is_refused(place, text_file):
+    """Under another name, in the middle of other text, cut otherwise."""
+    whole = text_file.read_text(encoding="utf-8")
+    copy = place.folder / "copy.txt"
+    copy.write_text("owls sang and the cat saw the moon. " * 3 + whole)
+    settings = replace(place.settings, calibration=(str(copy),), sequences=64)
+    with pytest.raises(
+        ValueError, match=r"passages of 50 tokens of the calibration text copy.txt are in the test text"
+    ):
+        sweep(settings, [place.recipes["gptq3"]], place.out)
+    assert not place.out.exists()
+    sweep(settings, [place.recipes["rtn4"]], place.out)  # which reads none
+    with pytest.raises(ValueError, match="is both calibration and test"):
+        Settings(place.settings.model, calibration=(str(held_out_text()),))  # the test where none is named
 
 
 def test_small_numbers_have_digits_enough():

@@ -30,7 +30,7 @@ from .rtn import packed
 from .stats import InputStats
 from .stream import DecoderStream
 
-SEQUENCES, TOKENS = 8, 512  # that the sensitivity is measured on
+SEQUENCES, TOKENS = 8, 512  # that the sensitivity is measured on, and as many others that methods are calibrated on
 SEED = 0  # of the tokens that are drawn from the model
 
 
@@ -136,24 +136,31 @@ def measure(
     """The options of every linear of the layers, measured on the float model; one that a rule gives a format has no
     other."""
     stream = DecoderStream(model)
-    tokens = data.fit[:SEQUENCES, :TOKENS]
+    tokens, others = data.fit[:SEQUENCES, :TOKENS], data.fit[SEQUENCES : 2 * SEQUENCES, :TOKENS]
+    others = others if len(others) and _has_use_for_inputs(loaded) else others[:0]
     settings = settings_of(loaded, linear_names(model.config))
     layers = model.config.num_hidden_layers
     found: dict[str, list[Option]] = {}
     with progress(f"sensitivity of {model.path.name}", 2 * layers, "layers") as advance:
-        states = [stream.embed(tokens)]
+        states = [(stream.embed(tokens), stream.embed(others) if len(others) else None)]
         with torch.no_grad():
             for number in range(layers):
-                states.append(stream.call(stream.layer(number), 0, states[-1]))
+                layer, (x, other) = stream.layer(number), states[-1]
+                states.append((stream.call(layer, 0, x), None if other is None else stream.call(layer, 0, other)))
                 advance()
-        gradient = _drawn_gradient(stream, states.pop())
+        gradient = _drawn_gradient(stream, states.pop()[0])
         for number in reversed(range(layers)):
             gradient, options = _layer(
-                model, stream, loaded, number, states.pop(), gradient, settings, importance or {}
+                model, stream, loaded, number, *states.pop(), gradient, settings, importance or {}
             )
             found |= options
             advance()
     return {name: found[name] for name in linear_names(model.config)}
+
+
+def _has_use_for_inputs(loaded: LoadedRecipe) -> bool:
+    """Whether what becomes of a linear depends on what it reads."""
+    return {loaded.recipe.method, *(rule.method for rule in loaded.rules)} != {"rtn"}
 
 
 def _drawn_gradient(stream: DecoderStream, hidden: Tensor) -> Tensor:
@@ -173,11 +180,13 @@ def _layer(
     loaded: LoadedRecipe,
     number: int,
     x: Tensor,
+    other: Tensor | None,
     gradient: Tensor,
     settings: Mapping[str, Settings],
     importance: Mapping[str, Tensor],
 ) -> tuple[Tensor, dict[str, list[Option]]]:
-    """Options of one layer's linears, and the gradient at its input."""
+    """Options of one layer's linears, and the gradient at its input. other: inputs of the layer that methods are
+    calibrated on: on x itself, where the cost is measured, GPTQ would seem better than it is."""
     at = f"model.layers.{number}."
     layer = stream.layer(number)
     linears = {n: layer.get_submodule(n[len(at) :]) for n in linear_names(model.config) if n.startswith(at)}
@@ -189,6 +198,12 @@ def _layer(
 
         return hook
 
+    stats = {name: InputStats(matrix_of(module).shape[1]) for name, module in linears.items()}
+    handles = [m.register_forward_hook(lambda _, args, y, s=stats[n]: s.update(args[0])) for n, m in linears.items()]
+    with torch.no_grad():
+        stream.call(layer, 0, x if other is None else other)
+    for handle in handles:
+        handle.remove()
     handles = [module.register_forward_hook(hook_of(name)) for name, module in linears.items()]
     x = x.clone().requires_grad_(True)
     torch.autograd.backward(stream.call(layer, 0, x), gradient)
@@ -198,9 +213,7 @@ def _layer(
     with torch.no_grad():
         for name, module in linears.items():
             inputs, outward = (t.flatten(0, -2).float() for t in seen[name])
-            stats = InputStats(inputs.shape[1])
-            stats.update(inputs)
-            stats = stats.weighed(importance[name]) if name in importance else stats
+            known = stats[name].weighed(importance[name]) if name in importance else stats[name]
             given = settings[name]
             names = [given["format"]] if given["format"] is not None else loaded.recipe.budget.options
             if names == [KEEP]:
@@ -208,7 +221,7 @@ def _layer(
                 continue
             plans = [plan_of({**given, "format": format}) for format in names]
             found[name] = [
-                _option(matrix_of(module), plan, loaded, stats, inputs, outward)
+                _option(matrix_of(module), plan, loaded, known, inputs, outward)
                 for plan in plans
                 if plan.format is not None and not (plan.format.block and inputs.shape[1] % plan.format.block)
             ]

@@ -31,6 +31,7 @@ from ..checkpoint import (
 )
 from ..files import atomic_open
 from ..folderfacts import describe
+from ..gguf_plan import WEIGHED
 from ..newfolder import beside, require_finite, require_new
 from ..progress import console
 from ..sources import open_model
@@ -110,7 +111,7 @@ def quantize_folder(
         plans = all_plans(model, loaded, data is not None or imatrix is not None)
         for warning in warnings_of(model, plans):
             _warn(warning)
-        weighed = [plan for plan in plans.values() if plan.format and plan.method == "search"]
+        weighed = [p for p in plans.values() if p.format and p.method == "search" and p.format.name in WEIGHED]
         if data is not None and imatrix is None and loaded.recipe.importance and weighed:
             console().print("the search is weighed by the inputs on the calibration text", style="dim")
         quantizer = Layerwise(model, loaded, plans, data, partial, weights)

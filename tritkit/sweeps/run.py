@@ -36,6 +36,7 @@ from ..speed.measure import Work
 from .estimate import SPEED_SECONDS, Estimate, Probe, said
 from .kinds import calibration_of, method_of
 from .settings import DIVERGENCE, Settings, require_same_files
+from .unseen import require_unseen
 
 SCHEMA = 1
 PARENT = "parent"  # in place of the digest of a recipe: the model itself
@@ -169,6 +170,7 @@ class _Sweep:
         todo = [loaded for loaded in wanted if not self.book.has(loaded)]
         parent = s.open(s.model, self.threads)
         self.texts = s.texts(parent)
+        self._require_unseen(todo)
         estimate = self._estimate(parent)
         for loaded in wanted:
             row = self.book.row(loaded)
@@ -197,6 +199,17 @@ class _Sweep:
             file.unlink()
         with suppress(OSError):  # what else is in there is somebody's
             self.work.rmdir()
+
+    def _require_unseen(self, todo: Sequence[LoadedRecipe | None]) -> None:
+        """ValueError where the test text is among what the recipes are calibrated on."""
+        s = self.settings
+        texts = {calibration_of(self.model, s, loaded) for loaded in todo if loaded is not None} - {()}
+        test = [window.tokens for text in self.texts.values() for window in text.windows]
+        for sources in texts if test else ():
+            names = [str(bundled_text())] if sources is None else list(sources)
+            longest = self.model.config.max_position_embeddings
+            data = read_calibration(self.model.tokenizer(), names, s.sequences, s.length, 0, longest, s.text_field)
+            require_unseen(data.fit.numpy(), test, ", ".join(Path(name).name for name in names))
 
     def _estimate(self, parent: Model) -> Estimate:
         s, probe = self.settings, Probe.measure(parent, self.texts)

@@ -14,7 +14,7 @@ from ..checkpoint import ModelFolder
 from ..data import find_files
 from ..engine.codes import NotNative
 from ..engine.load import Model, load
-from ..evals.perplexity import ScoredText, scored_text
+from ..evals.perplexity import ScoredText, held_out_text, scored_text
 
 SUITES = (*evals.SUITES, "speed")
 MODEL_FILES = ("*.safetensors", "config.json", "tokenizer*")  # of a folder, what decides about its output
@@ -54,8 +54,8 @@ class Settings:
         for name in ("chunks", "windows"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} is {getattr(self, name)}, expected 0 (all of the text) or more")
-        if self.data and self.calibration:
-            both = set(find_files(self.data)) & set(find_files(self.calibration))
+        if self.data or self.calibration:
+            both = set(find_files(self.data or (str(held_out_text()),))) & set(find_files(self.calibration))
             if both:
                 raise ValueError(f"{min(both)} is both calibration and test; what is measured must be unseen")
 
