@@ -11,11 +11,13 @@ import torch
 from integer_folder import integer_folder, stored
 
 from tritkit.checkpoint import float_to_bf16, linear_names, open_folder
+from tritkit.engine import Job
+from tritkit.engine.load import load
 from tritkit.engine.torch import model_of
 from tritkit.formats import format_of
 from tritkit.hf_export import export_hf
 from tritkit.importer import import_model
-from tritkit.layouts import Packed, Unpacked
+from tritkit.layouts import LAYOUTS, Packed, Unpacked
 from tritkit.layouts.compressed import PackQuantized
 from tritkit.methods.rtn import unpacked
 from tritkit.tensorfile import StoredTensor, TensorFile, write_tensors
@@ -208,6 +210,34 @@ def test_scales_in_bfloat16_are_kept(folder):
     write_tensors(path.with_suffix(".new"), found, {})
     path.with_suffix(".new").replace(path)
     assert np.array_equal(open_folder(folder).codes(UP).scale, StoredTensor("BF16", raw).float32())
+
+
+def test_scales_in_float32_are_kept(folder, tmp_path):
+    """As they are where the model was in float32: beside groups, with more digits than float16 has, and below it."""
+    path, chance = folder / "model.safetensors", np.random.default_rng(0)
+    found = {key: stored(np.array(t.array)) for key, t in TensorFile(path).items()}
+    scale = (10.0 ** chance.uniform(-12, -1, found[f"{UP}.weight_scale"].array.shape)).astype(np.float32)
+    found[f"{UP}.weight_scale"] = stored(scale)
+    write_tensors(path.with_suffix(".new"), found, {})
+    path.with_suffix(".new").replace(path)
+    assert np.array_equal(open_folder(folder).codes(UP).scale, scale)
+    engines = [load(folder, engine, 1).engine for engine in ("native", "torch")]
+    native, torch_ = (e.step([Job(e.new(), np.arange(20, dtype=np.int32), "all")])[0] for e in engines)
+    assert np.abs(native - torch_).max() < 0.05 * np.abs(torch_).max()
+    export_hf(open_folder(folder), tmp_path / "again", "compressed-tensors")
+    assert np.array_equal(open_folder(tmp_path / "again").codes(UP).scale, scale)
+
+
+def test_symmetric_codes_of_which_none_is_negative(make_folder, tmp_path):
+    """They fit fewer bits where they are stored, but not where half of the numbers are for negative codes."""
+    source = integer_folder(make_folder("llama"), tmp_path / "q", "int4_g32")
+    opened = open_folder(source)
+    matrix = opened.codes(UP)
+    arrays = LAYOUTS["dense"].pack(type(matrix)(np.abs(matrix.codes).clip(0, 7), matrix.scale)).arrays
+    assert arrays["weight_code"].tolist() == [3, 0]
+    changed(source, **arrays)
+    export_hf(open_folder(source), tmp_path / "ct", "compressed-tensors")
+    assert np.array_equal(open_folder(tmp_path / "ct").codes(UP).codes, np.abs(matrix.codes).clip(0, 7))
 
 
 def test_columns_in_another_order_are_refused(folder):

@@ -244,6 +244,49 @@ def test_act_order_is_refused_and_static_groups_are_not(gptq_folder):
     open_folder(gptq_folder)
 
 
+def test_zero_points_of_three_bits_by_older_gptqmodels(make_folder, tmp_path):
+    """Symmetric weights, of whose zero points, all 4, its releases before pull request 2763 took constants of which two
+    had changed places; as written in words they are 0, 0xB6DB6DB7, 0x49249249 again and again."""
+    source = integer_folder(make_folder("llama"), tmp_path / "q", "int3_g32")
+    export_hf(open_folder(source), tmp_path / "gptq", "gptq")
+    words = np.array([0, 0xB6DB6DB7, 0x49249249], np.uint32).view(np.int32)
+    kept = open_folder(tmp_path / "gptq").codes(UP)
+    changed(tmp_path / "gptq", qzeros=np.tile(words, (2, 160 // 32)))
+    found = open_folder(tmp_path / "gptq").codes(UP)
+    assert found.offset is None and np.array_equal(found.codes, kept.codes) and np.array_equal(found.scale, kept.scale)
+
+
+def test_zero_points_that_may_mean_one_thing_or_another_are_refused(make_folder, tmp_path):
+    changed_zeros = np.full((2, 15), 0x12345678, np.int32)
+    source = integer_folder(make_folder("llama"), tmp_path / "q", "int3_g32")
+    export_hf(open_folder(source), tmp_path / "gptq", "gptq")
+    changed(tmp_path / "gptq", qzeros=changed_zeros)
+    with pytest.raises(ValueError, match=r"up_proj: its zero points are not in the middle, but its config says that"):
+        open_folder(tmp_path / "gptq")
+    config(tmp_path / "gptq", sym=False)
+    assert open_folder(tmp_path / "gptq").codes(UP).offset is not None  # of our own writing: a field each
+    config(tmp_path / "gptq", meta={"quantizer": ["gptqmodel:4.2.5"]})
+    with pytest.raises(
+        ValueError, match=r"up_proj: what its zero points of 3 bits mean depends on the release of GPTQ"
+    ):
+        open_folder(tmp_path / "gptq")
+    config(tmp_path / "gptq", checkpoint_format="gptq_v2")
+    open_folder(tmp_path / "gptq")
+
+
+def test_scales_that_float16_does_not_hold(make_folder, tmp_path):
+    """They are said to be off by as much as they are, and refused where nothing would be left."""
+    source = integer_folder(make_folder("llama"), tmp_path / "q", "int4_row")
+    changed(source, weight_scale=np.full((160, 1), 3e-6, np.float32))
+    report = export_hf(open_folder(source), tmp_path / "gptq", "gptq")
+    found = open_folder(tmp_path / "gptq").codes(UP).scale
+    assert report["notes"] == [f"Scales were float32 and are float16 now, at most {abs(found[0, 0] / 3e-6 - 1):.2g} of "
+                               "their size off."]  # fmt: skip
+    changed(source, weight_scale=np.full((160, 1), 1e-9, np.float32))
+    with pytest.raises(ValueError, match=r"up_proj: gptq holds scales as float16, and 1e-09 is 0 there"):
+        export_hf(open_folder(source), tmp_path / "other", "gptq")
+
+
 BROKEN = [
     ({"qzeros": None}, "has qweight, but no qzeros"),
     ({"scales": None}, "has qweight, but no scales"),

@@ -143,10 +143,17 @@ def test_layouts_of_one_scale_refuse_more(name):
         LAYOUTS[name].pack(Unpacked(codes, np.ones((1, 1), np.float32), np.ones((1, 1), np.float32)))
 
 
-def test_dense_refuses_scales_and_offsets_that_it_would_change():
+@pytest.mark.parametrize("value", [0.3, 1e-9, 1e9, 0.0])
+def test_dense_keeps_scales_that_float16_does_not_hold(value):
+    m = Unpacked(matrix((0, 1, 2, 3)).codes, np.full((12, 2), value, np.float32))
+    packed = LAYOUTS["dense"].pack(Unpacked(m.codes, m.scale, -3 * m.scale))
+    assert packed.arrays["weight_scale"].dtype == (np.float32 if value else np.float16)
+    found = LAYOUTS["dense"].unpack(packed, m.codes.shape)
+    assert np.array_equal(found.scale, m.scale) and np.array_equal(found.offset, -3 * m.scale)
+
+
+def test_dense_refuses_offsets_that_it_would_change():
     codes, scale = matrix((0, 1, 2, 3)).codes, np.full((12, 2), 0.3, np.float32)
-    with pytest.raises(ValueError, match="float16"):
-        LAYOUTS["dense"].pack(Unpacked(codes, scale))
     scale = scale.astype(np.float16).astype(np.float32)
     LAYOUTS["dense"].pack(Unpacked(codes, scale, -scale * 255))
     for zero in (0.5, 256, -1):

@@ -132,7 +132,18 @@ def _gptq(
     if not groups or cols % groups:
         raise ValueError(f"it has {groups} groups, which do not share out {cols} columns")
     gptq_layout.require_neighbours(stored.arrays.get("g_idx"), cols, groups)
-    return _Matrix(layout, name, shape, stored, not layout.is_symmetric(stored, rows))
+    symmetric = layout.is_symmetric(stored, rows)
+    if q.get("sym") is True and not symmetric:
+        raise ValueError("its zero points are not in the middle, but its config says that the weights are symmetric")
+    if bits == 3 and not symmetric and layout.version == 1 and _is_gptqmodels(q):
+        raise ValueError("what its zero points of 3 bits mean depends on the release of GPTQModel that wrote them; "
+                         "convert it to gptq_v2 there")  # fmt: skip
+    return _Matrix(layout, name, shape, stored, not symmetric)
+
+
+def _is_gptqmodels(q: Mapping[str, Any]) -> bool:
+    meta = q.get("meta")
+    return isinstance(meta, dict) and "gptqmodel" in str(meta.get("quantizer")).lower()
 
 
 def _compressed(

@@ -19,7 +19,6 @@ from .layouts.words import count
 from .tensorfile import LazyTensor, StoredTensor
 
 KINDS = ("gptq", "gptq_v2", "compressed-tensors")
-FLOAT16_NOTE = "Scales of rows were float32 and are float16 now, at most 0.05 % off."
 
 
 class ForeignLinears:
@@ -60,7 +59,7 @@ class ForeignLinears:
         if self.to == "compressed-tensors":
             kinds = {
                 "weight_packed": ("I32", (rows, count(cols, bits))),
-                "weight_scale": ("F16" if groups > 1 else "F32", (rows, groups)),
+                "weight_scale": (self._scale(name).dtype, (rows, groups)),
                 "weight_shape": ("I64", (2,)),
             }
             if not symmetric:
@@ -106,8 +105,18 @@ class ForeignLinears:
         return np.array_equal(apart, there) and np.array_equal(scale, written.scale)
 
     def notes(self) -> list[str]:
-        rows = any(groups == 1 for _, groups, _ in self.schemes.values())
-        return [FLOAT16_NOTE] if rows and self.to != "compressed-tensors" else []
+        """How far float16 is from the scales that are float32."""
+        if self.to == "compressed-tensors":
+            return []
+        worst = 0.0
+        for scale in (self._scale(name).array for name in self.names):
+            if scale.dtype == np.float32 and (scale != 0).any():
+                some = scale[scale != 0]
+                worst = max(worst, float(np.abs(some.astype(np.float16).astype(np.float32) / some - 1).max()))
+        return [f"Scales were float32 and are float16 now, at most {worst:.2g} of their size off."] if worst else []
+
+    def _scale(self, name: str) -> StoredTensor:
+        return self.source.tensors[f"{name}.weight_scale"]
 
     def _packed(self, name: str) -> Packed:
         try:
@@ -170,7 +179,10 @@ class ForeignLinears:
 def _scheme(source: ModelFolder, name: str) -> tuple[int, int, bool]:
     """Bits, number of groups, whether it is symmetric."""
     arrays = source.packed(name).arrays
-    return int(arrays["weight_code"][0]), arrays["weight_scale"].shape[1], "weight_zero" not in arrays
+    bits, low = (int(v) for v in arrays["weight_code"])
+    symmetric = "weight_zero" not in arrays
+    # symmetric codes of which none is negative begin at 0; others use half of the numbers for these
+    return bits + (symmetric and low == 0), arrays["weight_scale"].shape[1], symmetric
 
 
 def _group_size(source: ModelFolder, name: str, groups: int) -> int:

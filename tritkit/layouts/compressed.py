@@ -14,6 +14,7 @@ from __future__ import annotations
 import numpy as np
 
 from .base import Layout, Packed, Unpacked
+from .dense import stored_scale
 from .gptq import fields
 from .words import count, from_words, to_words
 
@@ -21,7 +22,7 @@ NAMES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "
 
 
 class PackQuantized(Layout):
-    """Of one width, 2 to 8 bits. Scales of groups are float16 and those of rows float32, as ours are."""
+    """Of one width, 2 to 8 bits. Scales are float16 or float32, as ours are."""
 
     name = "pack-quantized"
 
@@ -32,9 +33,7 @@ class PackQuantized(Layout):
 
     def pack(self, matrix: Unpacked) -> Packed:
         codes, zero, scale = fields(matrix, self.bits)
-        stored = scale.astype(np.float16 if scale.shape[1] > 1 else np.float32)
-        if not np.array_equal(stored.astype(np.float32), scale):
-            raise ValueError(f"{self.name} holds scales of groups as float16, but these are no float16 values")
+        stored = stored_scale(scale)
         arrays = {
             "weight_packed": to_words(codes, self.bits),
             "weight_scale": stored,

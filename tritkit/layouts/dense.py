@@ -25,10 +25,18 @@ class BinaryRows(Layout):
         return Unpacked(2 * bits - 1, self._stored_scale(packed))
 
 
+def stored_scale(scale: np.ndarray) -> np.ndarray:
+    """Scales of groups as float16, which ours are, where it holds them exactly; others as float32."""
+    with np.errstate(over="ignore"):
+        half = scale.astype(np.float16)
+    exact = scale.shape[1] > 1 and np.array_equal(half.astype(np.float32), scale)
+    return half if exact else scale.astype(np.float32)
+
+
 class Dense(Layout):
     """Codes minus ``lo``, lowest bit first along each row, rows padded to bytes; the header array says bits and lo.
 
-    Scales and offsets are float16 where a matrix has groups (the formats round them so) and float32 otherwise.
+    Scales are float16 where a matrix has groups that they hold exactly (the formats round them so), else float32.
     """
 
     name = "dense"
@@ -42,16 +50,14 @@ class Dense(Layout):
             raise ValueError(f"dense holds codes of at most 8 bits, but the matrix has codes from {low} to {high}")
         code_bits = np.unpackbits((matrix.codes - lo).astype(np.uint8)[..., None], axis=-1, bitorder="little")
         packed = np.packbits(code_bits[..., :bits].reshape(matrix.codes.shape[0], -1), axis=1, bitorder="little")
-        scale = matrix.scale.astype(np.float16 if matrix.scale.shape[1] > 1 else np.float32)
-        if not np.array_equal(scale.astype(np.float32), matrix.scale):
-            raise ValueError("dense holds scales of groups as float16, but these are no float16 values")
+        scale = stored_scale(matrix.scale)
         arrays = {
             "weight": packed,
             "weight_scale": scale,
             "weight_code": np.array([bits, lo], np.int16),
         }
         if matrix.offset is not None:
-            zero = np.rint(-matrix.offset / matrix.scale)
+            zero = np.rint(-matrix.offset / np.where(matrix.scale == 0, 1, matrix.scale))
             if zero.min() < 0 or zero.max() > 255 or not np.array_equal(-matrix.scale * zero, matrix.offset):
                 raise ValueError(
                     "dense holds offsets as an integer zero point of 0 to 255 times the scale, unlike these"

@@ -17,6 +17,9 @@ from .base import Layout, Packed, Unpacked
 from .words import WORD, count, from_words, to_words
 
 BITS = (2, 3, 4, 8)
+# What releases of GPTQModel before its pull request 2763 took from the words of 3-bit zero points in place of one from
+# each field: the first and the third are in each other's place.
+SWAPPED = np.array([0x24924924, 0x92492492, 0x49249249], np.uint32)
 NAMES = ("qweight", "qzeros", "scales", "g_idx")
 
 
@@ -37,6 +40,10 @@ class Gptq(Layout):
         codes, zero, scale = fields(matrix, self.bits)
         with np.errstate(over="ignore"):
             half = scale.astype(np.float16)
+        if ((half == 0) & (scale != 0)).any():
+            raise ValueError(
+                f"{self.name} holds scales as float16, and {np.abs(scale[scale != 0]).min():.3g} is 0 there"
+            )
         if not np.isfinite(half).all():
             raise ValueError(
                 f"{self.name} holds scales as float16, at most 65504, but one is {np.abs(scale).max():.6g}"
@@ -84,7 +91,11 @@ class Gptq(Layout):
         if self.version == 2:
             return from_words(qzeros, self.bits, rows)
         if WORD % self.bits:
-            return from_words(qzeros, self.bits, rows) + np.uint8(1) & np.uint8((1 << self.bits) - 1)
+            found = from_words(qzeros, self.bits, rows) + np.uint8(1) & np.uint8((1 << self.bits) - 1)
+            words = np.ascontiguousarray(qzeros).view(np.uint32).reshape(len(qzeros), -1, len(SWAPPED)) + SWAPPED
+            swapped = from_words(words.reshape(len(qzeros), -1), self.bits, rows)
+            middle = 1 << self.bits - 1  # nobody else's zero points become these, all of them
+            return swapped if (swapped == middle).all() else found
         ones = np.uint32(sum(1 << at for at in range(0, WORD, self.bits)))
         return from_words(np.ascontiguousarray(qzeros).view(np.uint32) + ones, self.bits, rows)
 
