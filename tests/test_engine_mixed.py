@@ -10,13 +10,15 @@ from mixed import DTYPES, FORMATS, WIDE, mixed, packed
 from test_engines import MEAN_KL, MEDIAN_LOGIT, TOP_1, log_softmax, teacher_forced
 
 from tritkit import _native
-from tritkit.checkpoint import linear_names, open_folder
+from tritkit.checkpoint import linear_names, open_folder, write_folder
 from tritkit.engine import Job
 from tritkit.engine.codes import grouped
 from tritkit.engine.load import decoder_weights, load
 from tritkit.engine.native import NativeEngine
 from tritkit.engine.torch import input_quantizer, model_of
 from tritkit.formats import format_of
+from tritkit.layouts import LAYOUTS
+from tritkit.methods.rtn import unpacked
 from tritkit.stored import InputQuantizer, StoredLinear, StoredMatrix
 from tritkit.tensorfile import StoredTensor
 
@@ -268,6 +270,11 @@ def test_what_the_native_engine_does_not_run_torch_does(source, tmp_path, tokens
         ("weight_code", np.array([4], np.int16), r"q_proj: dense wants weight_code of \(2,\)"),
         ("weight_scale", np.ones((256, 7), np.float16), "q_proj: dense has weight_scale of"),
         ("weight", np.zeros((255, 128), np.uint8), "q_proj: dense wants"),
+        (
+            "weight_scale",
+            np.where(np.arange(256)[:, None] == 200, np.nan, np.ones((256, 8))).astype(np.float16),
+            "q_proj.* not finite",
+        ),
     ],
 )
 def test_odd_codes_are_refused(source, tmp_path, engine, suffix, array, message):
@@ -277,6 +284,19 @@ def test_odd_codes_are_refused(source, tmp_path, engine, suffix, array, message)
     opened = dataclasses.replace(folder, tensors=odd)
     with pytest.raises(ValueError, match=message):
         decoder_weights(opened) if engine == "native" else model_of(opened)
+
+
+@pytest.mark.parametrize("layout", ["i2_s_x86", "i2_s_arm"])
+def test_one_ternary_matrix_beside_floats_runs(source, tmp_path, tokens, layout):
+    """As in a GGUF file of which only some linears are ternary: their inputs are rounded as those of other blocks."""
+    folder = open_folder(source)
+    name, tensors = linear_names(folder.config)[5], dict(folder.tensors)
+    q = format_of("ternary").quantize(torch.from_numpy(folder.floats(name)))
+    arrays = LAYOUTS[layout].pack(unpacked(q)).arrays
+    del tensors[f"{name}.weight"]
+    tensors |= {f"{name}.{k}": StoredTensor(DTYPES[a.dtype.name], a) for k, a in arrays.items()}
+    write_folder(tmp_path / "m", folder.config, tensors, folder.tokenizer(), {name: layout}, inputs={name: "a8_g32"})
+    check_near(native_logits(tmp_path / "m", tokens), torch_logits(tmp_path / "m", tokens))
 
 
 def test_llm_int8_keeps_what_is_large(source, tmp_path, tokens):

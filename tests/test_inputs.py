@@ -101,6 +101,7 @@ ODD = [
     ({"inputs": {Q: 8}}, "has inputs 8 for model.layers.0.self_attn.q_proj, expected the name of a format"),
     ({"inputs": {Q: "int8_g48"}}, "inputs int8_g48 for .*q_proj, which has 256 columns"),
     ({"inputs": {Q: "int8_tensor"}}, "has no tensor .*q_proj.input_scale, which inputs of the format int8_tensor need"),
+    ({"inputs": {Q: "int8_row+outliers"}}, r"inputs int8_row\+outliers for .*q_proj, whose weights have not one scale"),
     ({"layouts": {}, "inputs": {Q: "int8_row"}}, "inputs int8_row for .*q_proj, whose weights are floats"),
     ({"adapters": [2]}, "an adapter of layer 2, but the layers are 0 to 1"),
     ({"adapters": [True]}, "expected a list of layer numbers"),

@@ -130,11 +130,20 @@ def require_inputs(folder: ModelFolder, columns: Mapping[str, int]) -> set[str]:
             raise ValueError(
                 f"config.json has inputs {text} for {name}, whose activations are {folder.config.activations} already"
             )
+        if inputs.has_outliers and not has_row_scales(folder, name):
+            raise ValueError(f"config.json has inputs {text} for {name}, whose weights have not one scale a row")
         if isinstance(inputs.group, int) and columns[name] % inputs.group:
             raise ValueError(f"config.json has inputs {text} for {name}, which has {columns[name]} columns")
         if inputs.is_static:
             stored |= set(_require_grid(folder, name, inputs))
     return stored
+
+
+def has_row_scales(folder: ModelFolder, name: str) -> bool:
+    """Whether a stored matrix is of symmetric integers with one scale a row, as LLM.int8() needs them."""
+    if folder.layouts.get(name) != "dense" or f"{name}.weight_zero" in folder.tensors:
+        return False
+    return folder.tensors[f"{name}.weight_scale"].array.shape[-1] == 1
 
 
 def _require_grid(folder: ModelFolder, name: str, inputs: InputFormat) -> list[str]:

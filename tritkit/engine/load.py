@@ -199,7 +199,14 @@ def _packed_linear(
     scales = arrays["weight_scale"].reshape(-1)
     if not len(scales) or not np.isfinite(scales).all() or (layout == "hf_bitlinear" and not scales.all()):
         raise ValueError(f"{name}.weight_scale should be a finite number, but it is {shown(scales)}")
+    activations = config.activations
+    if activations is None:  # a matrix of a model that is no ternary one
+        if layout not in BLOCKS:
+            raise NotNative(
+                f"{name} is {layout} in a model whose activations are floats, which only the torch engine runs"
+            )
+        activations = "a8_g32"
     factor = np.float32(scales[0])
     if layout == "hf_bitlinear":  # this one divides; the engine multiplies
         factor = np.float32(1) / factor
-    return LinearWeights(layout, arrays["weight"], *shape, scale=float(factor), activations=config.activations)
+    return LinearWeights(layout, arrays["weight"], *shape, scale=float(factor), activations=activations)

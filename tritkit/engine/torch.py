@@ -18,6 +18,7 @@ from ..layers import Adapter, PackedLinear
 from ..layouts import LAYOUTS
 from ..layouts.translate import one_scale
 from ..models.transformer import KVCache, Transformer, build, linears_of
+from ..newfolder import require_finite
 from ..stored import InputQuantizer, StoredEmbedding, StoredLinear
 from . import Job, checked
 
@@ -139,6 +140,8 @@ def _stored(folder: ModelFolder, name: str) -> tuple[str, dict[str, np.ndarray],
         LAYOUTS[layout].unpack(packed if first is None else first, shape if first is None else (1, shape[1]))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+    for suffix in packed.arrays:
+        require_finite(folder, f"{name}.{suffix}", folder.tensors[f"{name}.{suffix}"])
     return layout, packed.arrays, shape
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from ..checkpoint import EMBEDDING, HEAD, ModelFolder, linear_names, matrix_names, matrix_shape
 from ..gguf_plan import WEIGHED
+from ..inputs import OUTLIERS, has_row_scales
 from ..layouts import LAYOUTS
 from . import NEED_INPUTS
 from .histogram import BINS
@@ -49,6 +50,9 @@ def _linear(model: ModelFolder, loaded: LoadedRecipe, name: str, values: Setting
         return Plan()
     elif values["format"] == KEEP and values["inputs"] is not None and name not in model.layouts:
         raise ValueError(f"inputs are {values['inputs']}, but the weights of {name} stay floats; give them a format")
+    elif values["format"] == KEEP and (values["inputs"] or "").endswith(OUTLIERS) and not has_row_scales(model, name):
+        raise ValueError(f"inputs in {values['inputs']} need symmetric weights with one scale a row, but {name} stays "
+                         f"{model.layouts[name]}")  # fmt: skip
     return plan_of(values)
 
 
