@@ -15,6 +15,7 @@ from tritkit.checkpoint import linear_names, open_folder
 from tritkit.engine.load import decoder_weights
 from tritkit.engine.native import NativeEngine
 from tritkit.engine.torch import TorchEngine, model_of
+from tritkit.gguf_export import export_gguf
 from tritkit.pack import pack
 
 transformers = pytest.importorskip("transformers")
@@ -237,6 +238,9 @@ def test_packing_them_changes_nothing(tmp_path, tokens, tokenizer, name):
     assert open_folder(packed).config == config
     floats = [n for n in linear_names(config) if n not in open_folder(packed).layouts]
     assert len(floats) == (0 if family == "qwen3" else 4 + 1 + 1)
+    if table.get("use_rms_norm"):
+        with pytest.raises(ValueError, match="has a norm in front of each low-bit linear, for which GGUF has no place"):
+            export_gguf(open_folder(packed), tmp_path / "x.gguf")
 
 
 def test_gradients_of_norms_inside_and_biases(tmp_path, tokens):

@@ -194,12 +194,15 @@ def test_overwriting_replaces_the_model_and_nothing_else(make_folder, tmp_path):
     out.mkdir()
     (out / "notes.txt").write_text("mine")
     (out / "model-00001-of-00002.safetensors").write_text("stale")
-    (out / "config.json").write_text("{}")
+    for name in ("config.json", "quantize_config.json", "tritkit.toml", "results.json"):
+        (out / name).write_text("{}")
     with pytest.raises(ValueError, match="already holds"):
         export_hf(source, out, "bf16")
     export_hf(source, out, "bf16", overwrite=True)
     assert (out / "notes.txt").read_text() == "mine" and not (out / "model-00001-of-00002.safetensors").exists()
     assert open_folder(out).config == source.config
+    assert not any((out / name).exists() for name in ("quantize_config.json", "tritkit.toml", "results.json"))
+    assert (out / "results.previous.json").exists()
 
 
 def test_what_does_not_read_back_is_removed(make_folder, tmp_path, monkeypatch):

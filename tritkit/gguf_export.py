@@ -60,6 +60,8 @@ def export_gguf(
         raise ValueError(f"there is no folder {out.parent} to write {out.name} into")
     kind, embedding = (None if k is None else k.lower() for k in (kind, embedding))
     require_no_extras(source, "GGUF")
+    if source.config.linear_norm_eps:
+        raise ValueError(f"{source.path} has a norm in front of each low-bit linear, for which GGUF has no place")
     architecture = architecture_of(source)
     model = _packed(source) if source.config.weights is not None and not source.is_packed else source
     importance = None if imatrix is None else _importance_of(model, imatrix)

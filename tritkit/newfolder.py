@@ -31,6 +31,10 @@ def require_new(out: Path, overwrite: bool, source: Path | None = None) -> None:
         raise ValueError(f"{out} already holds a model ({held[0].name}); give another folder, or --overwrite")
 
 
+# Beside COMPANIONS, what would say something of another model where it stayed.
+OTHERS = ("model.safetensors.index.json", "quantize_config.json", "tritkit.toml", "log.jsonl", "optimizer.safetensors")
+
+
 @contextmanager
 def beside(out: Path) -> Iterator[Path]:
     """A place to write the folder to; at the end of the block it goes to ``out``, unless there was an error."""
@@ -50,7 +54,9 @@ def _move(folder: Path, out: Path) -> None:
     if not out.exists():
         os.rename(folder, out)
         return
-    stale = (*out.glob("model*.safetensors"), out / "model.safetensors.index.json", *(out / c for c in COMPANIONS))
+    stale = (*out.glob("model*.safetensors"), *(out / name for name in (*COMPANIONS, *OTHERS)))
+    if (out / "results.json").is_file():
+        os.replace(out / "results.json", out / "results.previous.json")
     for old in stale:
         if not (folder / old.name).exists():
             old.unlink(missing_ok=True)
