@@ -12,7 +12,7 @@ have one static range a tensor, to the 99.99th percentile, where the setting say
 Encoder: NDCG@10 of the task of benchmarks/embeddings.py, for which --text and --test-text are needed; ViT and ResNet:
 accuracy; towers: zero-shot accuracy with prompts in a template that training never saw. Drift: how far outputs are
 from the float model's, mean over test samples, in thousandths: KL of class probabilities in nats, for the encoder
-1 - cosine. Seconds and milliseconds are processor time: with OMP_NUM_THREADS=1 those of an idle machine.
+1 - cosine; its error is that of the paired differences from PTQ, as that of the quality is. Seconds and milliseconds are processor time: with OMP_NUM_THREADS=1 those of an idle machine.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from tritkit.embeddings import search_embeddings
 from tritkit.formats import format_of
 from tritkit.methods import rtn
+from tritkit.methods.batches import held_out
 from tritkit.methods.blocks import is_matrix, matrix_of
 from tritkit.methods.modules import quantize
 from tritkit.methods.recipe import LoadedRecipe, Recipe, Rule
@@ -86,7 +87,10 @@ def quantised(task: Task, recipes: list[LoadedRecipe]) -> tuple[nn.Module, dict]
     model = copy.deepcopy(task.model)
     reports, start = [], time.process_time()
     for part, recipe in zip(task.parts, recipes, strict=True):
-        reports.append(quantize(part.of(model), recipe, part.batches, blocks=part.blocks, distance=part.distance))
+        batches, qwt = part.batches, recipe.recipe.qwt
+        if not recipe.recipe.correct:  # on what QwT is fitted on, without the batches that it sets aside
+            batches = batches[: len(batches) - held_out(len(batches), qwt.held_out)]
+        reports.append(quantize(part.of(model), recipe, batches, blocks=part.blocks, distance=part.distance))
     facts = {key: sum(r[key] for r in reports) for key in ("bytes", "adapter_bytes")}
     facts["seconds"] = time.process_time() - start
     terms = [t for r in reports for t in r["adapters"].values()]
@@ -97,7 +101,7 @@ def quantised(task: Task, recipes: list[LoadedRecipe]) -> tuple[nn.Module, dict]
 
 def equal_size(part: nn.Module, blocks: str, recipe: Recipe, size: int) -> LoadedRecipe:
     """The recipe with as many bits for the weights as fit into ``size`` bytes: all matrices have the same number of
-    bits, or the first ones, in the order of computation, have one more."""
+    bits, or those that still fit, in the order of computation, have one more."""
     matrices = {
         f"{name}.{child}": matrix_of(m)
         for name, block in blocks_of(part, blocks).items()
@@ -115,10 +119,10 @@ def equal_size(part: nn.Module, blocks: str, recipe: Recipe, size: int) -> Loade
     left = size - sum(nbytes(name, fits) for name in matrices)
     rules = []
     for name in matrices if fits < 8 else ():
-        left -= nbytes(name, fits + 1) - nbytes(name, fits)
-        if left < 0:
-            break
-        rules.append(Rule(name, format=f"int{fits + 1}_row"))
+        more = nbytes(name, fits + 1) - nbytes(name, fits)
+        if more <= left:
+            left -= more
+            rules.append(Rule(name, format=f"int{fits + 1}_row"))
     return LoadedRecipe(replace(recipe, format=f"int{fits}_row"), tuple(rules))
 
 
@@ -167,14 +171,15 @@ def run(name: str, task: Task, methods: list[str], only: list[str] | None = None
                 larger.append(equal_size(module, part.blocks, recipe, int(plain_bytes * share)))
             models["PTQ, same size"], found["PTQ, same size"] = quantised(task, larger)
             took = milliseconds(models, task.some)
-            before = None
+            before, drifted = None, None
             for kind, facts in found.items():
                 scores, outputs = task.test(models[kind])
-                before = scores if kind == "PTQ" else before
-                change = scores - before
+                drift = 1e3 * task.drift(reference, outputs).double().numpy()
+                before, drifted = (scores, drift) if kind == "PTQ" else (before, drifted)
+                change, drifts = scores - before, drift - drifted
                 row = {"model": name, "method": method, "setting": setting, "row": kind, "score": scores.mean(),
                        "to_ptq": change.mean(), "to_ptq_error": change.std() / len(change) ** 0.5,
-                       "drift": 1e3 * task.drift(reference, outputs).mean().item(), **facts,
+                       "drift": drift.mean(), "drift_error": drifts.std() / len(drifts) ** 0.5, **facts,
                        "bits": 8 * facts["bytes"] / count, "ms": took[kind], "ms_float": took["float"]}  # fmt: skip
                 rows.append(row)
                 print(shown(row), flush=True)
@@ -190,7 +195,7 @@ def shown(row: dict) -> str:
         row["row"],
         f"{row['score']:.4f}",
         "" if row["row"] == "PTQ" else f"{row['to_ptq']:+.4f} ± {row['to_ptq_error']:.4f}",
-        f"{row['drift']:.1f}",
+        f"{row['drift']:.1f}" + ("" if row["row"] == "PTQ" else f" ± {row['drift_error']:.1f}"),
         f"{row['kept']} of {row['terms']}" if has_terms else "",
         f"{row['r2']:.2f}" if has_terms else "",
         f"{row['bytes'] / 1024:.0f}",
@@ -256,6 +261,8 @@ def encoder_task(models: Path, text: Path | None, test_text: Path | None) -> Tas
     """Texts of one length for calibration, so that no padding counts."""
     if text is None or test_text is None:
         raise SystemExit("the encoder is calibrated on --text and tested on --test-text; one of them is missing")
+    if text.resolve() == test_text.resolve():
+        raise SystemExit("--text and --test-text are the same; what is measured must be unseen")
     model, tokenize = zoo_models.minilm(models)
     texts, _, _ = embeddings.cloze_task(text, 2000, 1, 1)
     long = [row for t in texts for row in zip(*tokenize([t], TOKENS), strict=True) if len(row[0]) == TOKENS]
