@@ -12,7 +12,8 @@ have one static range a tensor, to the 99.99th percentile, where the setting say
 Encoder: NDCG@10 of the task of benchmarks/embeddings.py, for which --text and --test-text are needed; ViT and ResNet:
 accuracy; towers: zero-shot accuracy with prompts in a template that training never saw. Drift: how far outputs are
 from the float model's, mean over test samples, in thousandths: KL of class probabilities in nats, for the encoder
-1 - cosine; its error is that of the paired differences from PTQ, as that of the quality is. Seconds and milliseconds are processor time: with OMP_NUM_THREADS=1 those of an idle machine.
+1 - cosine; its error is that of the paired differences from PTQ, as that of the quality is. Seconds and milliseconds
+are processor time: with OMP_NUM_THREADS=1 those of an idle machine.
 """
 
 import argparse
