@@ -15,7 +15,8 @@ int8_g64_rtn int8_g64_gptq int4_g64_rtn int4_g64_gptq int4_g64_rtn_qwt int4_g64_
 int4_row_rtn_qwt int4_row_gptq_qwt int3_g64_rtn int3_g64_gptq int3_g64_rtn_qwt int3_g64_gptq_qwt int2_g64_rtn
 int2_g64_gptq int2_g64_rtn_qwt int2_g64_gptq_qwt q4_0_search mix_q6_k mix_q5_k_m mix_q4_k_m mix_q4_k_m_imatrix
 mix_q3_k_m mix_q3_k_m_imatrix mix_q2_k mix_q2_k_imatrix nf4 llm_int8 w8a8_dynamic w8a8_static_absmax
-w8a8_static_percentile w8a8_static_mse w8a8_static_entropy bits_3.5 bits_3.5_gptq ternary_rtn w4a8_rtn w4a8_rtn_qwt w4a8_gptq w4a8_gptq_qwt w4a4_rtn w4a4_rtn_qwt w4a4_gptq w4a4_gptq_qwt
+w8a8_static_percentile w8a8_static_mse w8a8_static_entropy bits_3.5 bits_3.5_gptq ternary_rtn w4a8_rtn w4a8_rtn_qwt
+w4a8_gptq w4a8_gptq_qwt w4a4_rtn w4a4_rtn_qwt w4a4_gptq w4a4_gptq_qwt
 """.split()  # noqa: SIM905  the rows that are measured on the full-precision twin too
 SEARCH = {8: "q8_0", 5: "q5_0", 4: "q4_0"}  # those that SmolLM2's rows of 576 can be cut into
 
