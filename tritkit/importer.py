@@ -83,7 +83,7 @@ def import_model(
         _verify(model, written)
         written.tokenizer()
     metrics = describe(open_folder(out))
-    results.record(out, "import", settings, metrics, begins=True)
+    results.record(out, "import", settings, metrics)
     return metrics
 
 

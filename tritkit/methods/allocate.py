@@ -21,10 +21,10 @@ from ..checkpoint import ModelFolder, linear_names, matrix_shape
 from ..inputs import input_format
 from ..kernels.floats import linear
 from ..progress import progress
-from .blocks import matrix_of
+from .blocks import BlockJob, collect, matrix_of, stages_of
 from .calibration import Calibration
 from .layerwise import layout_of
-from .recipe import LoadedRecipe, Plan, Rule, Settings, plan_of, settings_of
+from .recipe import LoadedRecipe, Plan, Recipe, Rule, Settings, plan_of, settings_of
 from .recipe_check import KEEP
 from .rtn import packed
 from .stats import InputStats
@@ -136,23 +136,22 @@ def measure(
     """The options of every linear of the layers, measured on the float model; one that a rule gives a format has no
     other."""
     stream = DecoderStream(model)
-    tokens, others = data.fit[:SEQUENCES, :TOKENS], data.fit[SEQUENCES : 2 * SEQUENCES, :TOKENS]
-    others = others if len(others) and _has_use_for_inputs(loaded) else others[:0]
+    tokens, apart = data.fit[:SEQUENCES, :TOKENS], data.fit[SEQUENCES : 2 * SEQUENCES, :TOKENS]
+    used = [tokens, apart if len(apart) else tokens] if _has_use_for_inputs(loaded) else [tokens]
     settings = settings_of(loaded, linear_names(model.config))
     layers = model.config.num_hidden_layers
     found: dict[str, list[Option]] = {}
     with progress(f"sensitivity of {model.path.name}", 2 * layers, "layers") as advance:
-        states = [(stream.embed(tokens), stream.embed(others) if len(others) else None)]
+        states = [[stream.embed(some) for some in used]]
         with torch.no_grad():
             for number in range(layers):
-                layer, (x, other) = stream.layer(number), states[-1]
-                states.append((stream.call(layer, 0, x), None if other is None else stream.call(layer, 0, other)))
+                layer = stream.layer(number)
+                states.append([stream.call(layer, 0, x) for x in states[-1]])
                 advance()
         gradient = _drawn_gradient(stream, states.pop()[0])
         for number in reversed(range(layers)):
-            gradient, options = _layer(
-                model, stream, loaded, number, *states.pop(), gradient, settings, importance or {}
-            )
+            x, *others = states.pop()
+            gradient, options = _layer(model, stream, loaded, number, x, others, gradient, settings, importance or {})
             found |= options
             advance()
     return {name: found[name] for name in linear_names(model.config)}
@@ -160,7 +159,7 @@ def measure(
 
 def _has_use_for_inputs(loaded: LoadedRecipe) -> bool:
     """Whether what becomes of a linear depends on what it reads."""
-    return {loaded.recipe.method, *(rule.method for rule in loaded.rules)} != {"rtn"}
+    return {loaded.recipe.method, *(rule.method for rule in loaded.rules if rule.method)} != {"rtn"}
 
 
 def _drawn_gradient(stream: DecoderStream, hidden: Tensor) -> Tensor:
@@ -180,13 +179,13 @@ def _layer(
     loaded: LoadedRecipe,
     number: int,
     x: Tensor,
-    other: Tensor | None,
+    others: list[Tensor],
     gradient: Tensor,
     settings: Mapping[str, Settings],
     importance: Mapping[str, Tensor],
 ) -> tuple[Tensor, dict[str, list[Option]]]:
-    """Options of one layer's linears, and the gradient at its input. other: inputs of the layer that methods are
-    calibrated on: on x itself, where the cost is measured, GPTQ would seem better than it is."""
+    """Options of one layer's linears, and the gradient at its input. others: inputs of the layer that methods are
+    calibrated on, where they use any: on x itself, where the cost is measured, GPTQ would seem better than it is."""
     at = f"model.layers.{number}."
     layer = stream.layer(number)
     linears = {n: layer.get_submodule(n[len(at) :]) for n in linear_names(model.config) if n.startswith(at)}
@@ -198,12 +197,11 @@ def _layer(
 
         return hook
 
-    stats = {name: InputStats(matrix_of(module).shape[1]) for name, module in linears.items()}
-    handles = [m.register_forward_hook(lambda _, args, y, s=stats[n]: s.update(args[0])) for n, m in linears.items()]
-    with torch.no_grad():
-        stream.call(layer, 0, x if other is None else other)
-    for handle in handles:
-        handle.remove()
+    stats: dict[str, InputStats] = {}
+    if others:
+        job = BlockJob(layer, linears, dict.fromkeys(linears, Plan()), Recipe(), stream.call, others)
+        with torch.no_grad():
+            stats = collect(job, stages_of(job, linears))
     handles = [module.register_forward_hook(hook_of(name)) for name, module in linears.items()]
     x = x.clone().requires_grad_(True)
     torch.autograd.backward(stream.call(layer, 0, x), gradient)
@@ -213,7 +211,8 @@ def _layer(
     with torch.no_grad():
         for name, module in linears.items():
             inputs, outward = (t.flatten(0, -2).float() for t in seen[name])
-            known = stats[name].weighed(importance[name]) if name in importance else stats[name]
+            known = stats.get(name)
+            known = known.weighed(importance[name]) if known is not None and name in importance else known
             given = settings[name]
             names = [given["format"]] if given["format"] is not None else loaded.recipe.budget.options
             if names == [KEEP]:
@@ -237,7 +236,9 @@ def stored_bytes(model: ModelFolder, name: str) -> int:
     return sum(model.tensors[key].array.nbytes for key in own)
 
 
-def _option(w: Tensor, plan: Plan, loaded: LoadedRecipe, stats: InputStats, inputs: Tensor, outward: Tensor) -> Option:
+def _option(
+    w: Tensor, plan: Plan, loaded: LoadedRecipe, stats: InputStats | None, inputs: Tensor, outward: Tensor
+) -> Option:
     from . import METHODS
 
     assert plan.format is not None

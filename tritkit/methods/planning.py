@@ -97,16 +97,20 @@ def require_shape(name: str, plan: Plan, rows: int, columns: int) -> None:
         )
 
 
+def is_weighed(plan: Plan) -> bool:
+    """Whether its method looks at how large the inputs of the columns are (ggml's search)."""
+    return plan.format is not None and plan.method == "search" and plan.format.name in WEIGHED
+
+
 def require_weighed(loaded: LoadedRecipe, plans: Mapping[str, Plan], imatrix: object) -> None:
     """ValueError where an importance matrix would change nothing."""
     recipe = loaded.recipe
     if not recipe.importance:
         raise ValueError(f"the recipe has importance = false, but {imatrix} is an importance matrix; leave one out")
-    linears = [plan for name, plan in plans.items() if name not in (EMBEDDING, HEAD)]
-    formats = {plan.format.name for plan in linears if plan.format is not None and plan.method == "search"}
+    weighed = any(is_weighed(plan) for name, plan in plans.items() if name not in (EMBEDDING, HEAD))
     if recipe.budget.bits is not None and recipe.method in (None, "search"):
-        formats |= set(recipe.budget.options)
-    if not formats & set(WEIGHED):
+        weighed = weighed or bool(set(recipe.budget.options) & set(WEIGHED))
+    if not weighed:
         raise ValueError(f"{imatrix} weighs the search for {', '.join(WEIGHED)}, but no linear is quantised by it")
 
 

@@ -31,7 +31,6 @@ from ..checkpoint import (
 )
 from ..files import atomic_open
 from ..folderfacts import describe
-from ..gguf_plan import WEIGHED
 from ..newfolder import beside, require_finite, require_new
 from ..progress import console
 from ..sources import open_model
@@ -43,6 +42,7 @@ from .layerwise import Layerwise, layout_of
 from .partial import Partial
 from .planning import (
     all_plans,
+    is_weighed,
     needs_inputs,
     require_fit,
     require_plain,
@@ -111,8 +111,8 @@ def quantize_folder(
         plans = all_plans(model, loaded, data is not None or imatrix is not None)
         for warning in warnings_of(model, plans):
             _warn(warning)
-        weighed = [p for p in plans.values() if p.format and p.method == "search" and p.format.name in WEIGHED]
-        if data is not None and imatrix is None and loaded.recipe.importance and weighed:
+        weighed = loaded.recipe.importance and any(is_weighed(plan) for plan in plans.values())
+        if data is not None and imatrix is None and weighed:
             console().print("the search is weighed by the inputs on the calibration text", style="dim")
         quantizer = Layerwise(model, loaded, plans, data, partial, weights)
         quantizer.run()
@@ -276,5 +276,5 @@ def _write(
     if quantizer.data is not None:  # what the text and the model's context had room for
         metrics["calibration_sequences"], metrics["calibration_length"] = quantizer.data.fit.shape
     settings = {"parent": str(model.path), "recipe": loaded.text(), "calibration": [], **options}
-    results.record(out, "quantize", settings, metrics, quantizer.records, begins=True)
+    results.record(out, "quantize", settings, metrics, quantizer.records)
     return metrics

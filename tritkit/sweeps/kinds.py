@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from ..checkpoint import ModelFolder
-from ..gguf_plan import WEIGHED
-from ..methods.quantizer import all_plans, needs_inputs
+from ..methods.planning import all_plans, is_weighed, needs_inputs
 from ..methods.recipe import LoadedRecipe
 from .settings import Settings
 
@@ -17,9 +16,7 @@ def calibration_of(model: ModelFolder, settings: Settings, loaded: LoadedRecipe)
         return ()
     if any(needs_inputs(plan, loaded) for plan in plans):
         return settings.calibration or None
-    weighs = loaded.recipe.importance and any(
-        p.method == "search" and p.format.name in WEIGHED for p in plans if p.format
-    )
+    weighs = loaded.recipe.importance and any(is_weighed(plan) for plan in plans)
     return settings.calibration if weighs else ()
 
 

@@ -105,7 +105,7 @@ def notes(tree: dict[str, Any]) -> list[str]:
     if any(row["exact"] for row in rows):
         found.append("† is exact by construction: the parent's weights lie on this very grid already.")
     found += _peer(rows)
-    if any("quantize_seconds" in m or _rate(row) for row, m in ((row, row["metrics"]) for row in rows)):
+    if any("quantize_seconds" in row["metrics"] or _rate(row) for row in rows):
         found.append("Seconds and tokens a second (± standard deviation of 3 runs) were measured row by row, at times "
                      "when the machine may have been faster or slower.")  # fmt: skip
     machines: dict[str, list[str]] = {}
