@@ -36,8 +36,9 @@ class InputStats:
     largest: Tensor = field(init=False)
     outliers: int = 0  # inputs of at least OUTLIER
     sample: list[Tensor] = field(default_factory=list)  # rows from all over, for histograms
+    share: float = 1.0  # of the rows that are in the sample
+    drawn: list[Tensor] = field(default_factory=list)  # for each of these what was drawn of [0, 1), less than the share
     first: list[Tensor] = field(default_factory=list)  # rows that begin a sequence: attention's sinks
-    stride: int = 1  # of every so many rows one is in the sample
     observers: dict[Any, Any] = field(default_factory=dict)  # of static ranges, which see every row
     importance: Tensor | None = None  # float32 [in]: of the columns, from a file, in place of the mean squares here
     derived: dict[Any, Any] = field(default_factory=dict)  # what was computed of them, once for all that read them
@@ -48,6 +49,7 @@ class InputStats:
         self.squares = torch.zeros(self.features, dtype=torch.float64)
         self.absolute = torch.zeros(self.features, dtype=torch.float64)
         self.largest = torch.zeros(self.features)
+        self.random = torch.Generator().manual_seed(0)
 
     def weighed(self, importance: Tensor) -> InputStats:
         """The same with the importance of the columns from elsewhere, float32 [in]."""
@@ -73,10 +75,15 @@ class InputStats:
         self.absolute += size.sum(0).double().cpu()
         self.largest = torch.maximum(self.largest, size.amax(0).cpu())
         self.outliers += int((size >= OUTLIER).sum())
-        self.sample.append(rows[:: self.stride].cpu().clone())
-        while sum(len(s) for s in self.sample) > SAMPLE:
-            self.stride *= 2
-            self.sample = [torch.cat(self.sample)[::2].clone()]
+        # by chance and not every so many: sequences are of equal length, and their first tokens are unlike all others
+        drawn = torch.rand(len(rows), generator=self.random)
+        chosen = drawn < self.share
+        self.sample.append(rows.cpu()[chosen])
+        self.drawn.append(drawn[chosen])
+        while sum(map(len, self.sample)) > SAMPLE:
+            self.share /= 2
+            kept = torch.cat(self.drawn) < self.share
+            self.sample, self.drawn = [torch.cat(self.sample)[kept]], [torch.cat(self.drawn)[kept]]
         for observer in self.observers.values():
             observer.update(rows)
 
