@@ -110,3 +110,30 @@ def test_importance_from_a_file_weighs_the_options(tmp_path):
     columns[:4] = 1e6
     weighed = measure(model, recipe, data, {name: columns})
     assert {n for n in plain if [o.cost for o in plain[n]] != [o.cost for o in weighed[n]]} == {name}
+
+
+def test_gptq_is_measured_as_it_is_run(tmp_path, monkeypatch):
+    """On inputs that the cost is not measured on, with first tokens, which count more; rounding needs none of it."""
+    from float_folder import a_folder
+
+    from tritkit.checkpoint import open_folder
+    from tritkit.methods import METHODS
+    from tritkit.methods.allocate import measure
+    from tritkit.methods.calibration import Calibration
+    from tritkit.methods.recipe import read_recipe
+
+    model, seen = open_folder(a_folder(tmp_path / "model", vocab_size=4096)), []
+    tokens = torch.randint(0, 4096, (9, 48), generator=torch.Generator().manual_seed(5))
+
+    for method in ("gptq", "rtn"):
+        solve = METHODS[method]
+
+        def noted(w, plan, stats, options, solve=solve):
+            seen.append(None if stats is None else (stats.tokens, sum(map(len, stats.first)), stats.paired))
+            return solve(w, plan, stats, options)
+
+        monkeypatch.setitem(METHODS, method, noted)
+        recipe = read_recipe(None, {"budget.bits": "5", "budget.options": "int4_g32,int6_g32", "method": method})
+        measure(model, recipe, Calibration(tokens, tokens[:0]))
+        assert set(seen) == {(5 * 48, 5, True) if method == "gptq" else None}
+        seen.clear()

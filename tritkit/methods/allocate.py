@@ -15,15 +15,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checkpoint import ModelFolder, linear_names, matrix_shape
 from ..inputs import input_format
 from ..kernels.floats import linear
 from ..progress import progress
+from . import NEED_INPUTS
 from .blocks import BlockJob, collect, matrix_of, stages_of
 from .calibration import Calibration
 from .layerwise import layout_of
+from .planning import is_weighed
 from .recipe import LoadedRecipe, Plan, Recipe, Rule, Settings, plan_of, settings_of
 from .recipe_check import KEEP
 from .rtn import packed
@@ -136,9 +138,12 @@ def measure(
     """The options of every linear of the layers, measured on the float model; one that a rule gives a format has no
     other."""
     stream = DecoderStream(model)
-    tokens, apart = data.fit[:SEQUENCES, :TOKENS], data.fit[SEQUENCES : 2 * SEQUENCES, :TOKENS]
-    used = [tokens, apart if len(apart) else tokens] if _has_use_for_inputs(loaded) else [tokens]
     settings = settings_of(loaded, linear_names(model.config))
+    paired, weighed = _uses_of_inputs(loaded, settings)
+    each = max(len(data.fit) // 2, 1) if paired or weighed else SEQUENCES
+    tokens = data.fit[: min(each, SEQUENCES), :TOKENS]
+    apart = data.fit[len(tokens) : len(tokens) + SEQUENCES, :TOKENS]
+    used = [tokens, apart if len(apart) else tokens] if paired or weighed else [tokens]
     layers = model.config.num_hidden_layers
     found: dict[str, list[Option]] = {}
     with progress(f"sensitivity of {model.path.name}", 2 * layers, "layers") as advance:
@@ -151,15 +156,28 @@ def measure(
         gradient = _drawn_gradient(stream, states.pop()[0])
         for number in reversed(range(layers)):
             x, *others = states.pop()
-            gradient, options = _layer(model, stream, loaded, number, x, others, gradient, settings, importance or {})
+            layer, at = stream.layer(number), f"model.layers.{number}."
+            linears = {n: layer.get_submodule(n[len(at) :]) for n in settings if n.startswith(at)}
+            stats = _inputs(stream, layer, linears, others, paired)
+            gradient, options = _layer(
+                model, stream, loaded, layer, linears, x, stats, gradient, settings, importance or {}
+            )
             found |= options
             advance()
     return {name: found[name] for name in linear_names(model.config)}
 
 
-def _has_use_for_inputs(loaded: LoadedRecipe) -> bool:
-    """Whether what becomes of a linear depends on what it reads."""
-    return {loaded.recipe.method, *(rule.method for rule in loaded.rules if rule.method)} != {"rtn"}
+def _uses_of_inputs(loaded: LoadedRecipe, settings: Mapping[str, Settings]) -> tuple[bool, bool]:
+    """Whether any linear's method uses products of what it reads, and whether any its mean squares."""
+    each = [{**values, "format": format} for values in settings.values() for format in _formats(loaded, values)]
+    plans = [plan_of(values) for values in each]
+    weighed = loaded.recipe.importance and any(map(is_weighed, plans))
+    return any(plan.method in NEED_INPUTS for plan in plans if plan.format is not None), weighed
+
+
+def _formats(loaded: LoadedRecipe, values: Settings) -> list[str]:
+    """The options of a linear: the one that a rule gives it, or those of the budget."""
+    return [values["format"]] if values["format"] is not None else list(loaded.recipe.budget.options)
 
 
 def _drawn_gradient(stream: DecoderStream, hidden: Tensor) -> Tensor:
@@ -173,22 +191,31 @@ def _drawn_gradient(stream: DecoderStream, hidden: Tensor) -> Tensor:
     return gradient
 
 
+@torch.no_grad()
+def _inputs(
+    stream: DecoderStream, layer: nn.Module, linears: dict[str, nn.Module], others: list[Tensor], paired: bool
+) -> dict[str, InputStats]:
+    """Statistics of what the linears of a layer read, for methods that use any. others: inputs of the layer; not those
+    that the cost is measured on, on which GPTQ would seem better than it is."""
+    if not others:
+        return {}
+    job = BlockJob(layer, linears, dict.fromkeys(linears, Plan()), Recipe(), stream.call, others)
+    return collect(job, stages_of(job, linears), paired=paired, sinks=paired)
+
+
 def _layer(
     model: ModelFolder,
     stream: DecoderStream,
     loaded: LoadedRecipe,
-    number: int,
+    layer: nn.Module,
+    linears: Mapping[str, nn.Module],
     x: Tensor,
-    others: list[Tensor],
+    stats: Mapping[str, InputStats],
     gradient: Tensor,
     settings: Mapping[str, Settings],
     importance: Mapping[str, Tensor],
 ) -> tuple[Tensor, dict[str, list[Option]]]:
-    """Options of one layer's linears, and the gradient at its input. others: inputs of the layer that methods are
-    calibrated on, where they use any: on x itself, where the cost is measured, GPTQ would seem better than it is."""
-    at = f"model.layers.{number}."
-    layer = stream.layer(number)
-    linears = {n: layer.get_submodule(n[len(at) :]) for n in linear_names(model.config) if n.startswith(at)}
+    """Options of one layer's linears, and the gradient at its input."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def hook_of(name: str):
@@ -197,11 +224,6 @@ def _layer(
 
         return hook
 
-    stats: dict[str, InputStats] = {}
-    if others:
-        job = BlockJob(layer, linears, dict.fromkeys(linears, Plan()), Recipe(), stream.call, others)
-        with torch.no_grad():
-            stats = collect(job, stages_of(job, linears))
     handles = [module.register_forward_hook(hook_of(name)) for name, module in linears.items()]
     x = x.clone().requires_grad_(True)
     torch.autograd.backward(stream.call(layer, 0, x), gradient)
@@ -214,7 +236,7 @@ def _layer(
             known = stats.get(name)
             known = known.weighed(importance[name]) if known is not None and name in importance else known
             given = settings[name]
-            names = [given["format"]] if given["format"] is not None else loaded.recipe.budget.options
+            names = _formats(loaded, given)
             if names == [KEEP]:
                 found[name] = [Option(KEEP, stored_bytes(model, name), 0.0)]
                 continue

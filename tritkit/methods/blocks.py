@@ -208,16 +208,21 @@ def new_stats(job: BlockJob, names: Sequence[str], features: int, paired: bool =
 
 
 def collect(
-    job: BlockJob, stages: Sequence[Sequence[str]], results: list[Tensor] | None = None, paired: bool = True
+    job: BlockJob,
+    stages: Sequence[Sequence[str]],
+    results: list[Tensor] | None = None,
+    paired: bool = True,
+    sinks: bool = False,
 ) -> dict[str, InputStats]:
     """Statistics of the inputs of these stages over all chunks; linears of a stage share theirs. results: takes what
-    the block returns, where somebody wants it; paired: with products of two inputs, as ``InputStats`` has them."""
+    the block returns, where somebody wants it; paired: with products of two inputs, as ``InputStats`` has them; sinks:
+    with the first rows of sequences, as a decoder's walk has them."""
     found: dict[str, InputStats] = {}
     handles = []
 
     def hook_of(stats: InputStats, last: bool):
         def hook(module: nn.Module, args: tuple) -> None:
-            stats.update(input_rows(module, args[0]))
+            stats.update(input_rows(module, args[0]), args[0][:, 0] if sinks else None)
             if last:
                 raise _Seen
 
