@@ -186,15 +186,19 @@ class InPlace(nn.Module):
 
 def test_a_block_that_writes_over_its_input_is_refused():
     model = Chain([InPlace(16) for _ in range(2)]).eval()
-    with pytest.raises(ValueError, match=r"layers.0 writes over its input, which is needed afterwards; let it work on"):
-        quantize(model, Recipe(format="int4_g16", correct="qwt"), [torch.randn(4, 16) for _ in range(3)])
+    for mode in (False, True):  # in which tensors do not count what is written to them
+        with (
+            torch.inference_mode(mode),
+            pytest.raises(ValueError, match=r"layers.0 writes over its input, which is need"),
+        ):
+            quantize(model, Recipe(format="int4_g16", correct="qwt"), [torch.randn(4, 16) for _ in range(3)])
 
 
 def test_blocks_are_named_in_their_order():
     for order, names, sentence in (
-        ((1, 0, 2), None, r"layers.1 is called first, layers.0 next; name them with blocks= in"),
+        ((1, 0, 2), None, r"layers.1 runs where layers.0 is named; name them with blocks= in"),
         ((0, 1), None, r"layers.2 is not called"),
-        ((0, 1, 2), ["layers.0", "layers.2", "layers.1"], "these blocks are not in sequence|called first"),
+        ((0, 1, 2), ["layers.0", "layers.2", "layers.1"], "these blocks are not in sequence|runs where"),
     ):
         model = Chain([nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(3)], order).eval()
         with pytest.raises(ValueError, match=sentence):
@@ -207,6 +211,20 @@ def test_what_a_layout_cannot_hold_is_said_with_its_name():
         quantize(model, "binary", blocks="layers")
     with pytest.raises(ValueError, match=r"layers.0.0 is a linear itself, but a block is a module that holds some"):
         quantize(model, "binary", blocks="layers.0")
+
+
+def test_a_folder_goes_the_same_way(tmp_path, text_file):
+    """quantize() of a folder is quantize_folder(), with paths as they come."""
+    from float_folder import a_folder
+
+    from tritkit.methods.quantizer import quantize_folder
+
+    source, options = a_folder(tmp_path / "model", vocab_size=4096), {"sequences": 2, "length": 32}
+    metrics = quantize(source, "q4_0", [text_file], out=tmp_path / "one", **options)
+    again = quantize_folder(str(source), tmp_path / "two", "q4_0", str(text_file), **options)
+    assert metrics["types"] == again["types"] and metrics["calibration_sequences"] == 2
+    written = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two")]
+    assert written[0] == written[1]
 
 
 def test_options_of_folders_and_modules_do_not_mix(tmp_path):

@@ -1,5 +1,7 @@
 """quantize(module, recipe, batches): modules that are not ours, in place."""
 
+import copy
+import gc
 from functools import partial
 
 import pytest
@@ -176,6 +178,48 @@ def test_linears_that_are_not_called_are_left_alone(method, padded):
     real = ~padding if padded else slice(None)
     assert torch.allclose(after[real], slow[real], atol=1e-5)
     assert 0.001 < float((after - before)[real].norm() / before[real].norm()) < 0.3
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_memory_is_the_float_model_and_codes(monkeypatch, method):
+    """At the last of eight blocks: the floats that an error would put back, the codes of seven, and that block."""
+    from tritkit.methods import modules
+
+    model = Chain([nn.Sequential(nn.Linear(128, 512), nn.Tanh(), nn.Linear(512, 128)) for _ in range(8)]).eval()
+    floats = sum(p.numel() * 4 for p in model.parameters())
+    held = []
+
+    def bytes_held():
+        """Of all tensors that there are, each storage once."""
+        gc.collect()
+        tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, nn.Parameter)]
+        tensors += [p.data for p in tensors if isinstance(p, nn.Parameter)]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+    def counted(*args, run=modules.run_block, **kwargs):
+        held.append(bytes_held())
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(modules, "run_block", counted)
+    quantize(model, Recipe(format="int4_g32", method=method), [torch.randn(2, 128)], blocks="layers")
+    before = held[0] - floats  # what else the process holds
+    assert held[-1] - before < 1.4 * floats, [round((h - before) / floats, 2) for h in held]
+
+
+def test_inference_mode_and_loaders_are_fine():
+    """Inputs made in inference mode do not count what is written to them; a loader may not know its length."""
+
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(1)))
+
+    model = Chain([nn.Sequential(nn.Linear(32, 32), nn.Tanh()) for _ in range(3)]).eval()
+    with torch.inference_mode():
+        inside = [torch.randn(4, 32)]
+    assert len(quantize(copy.deepcopy(model), "int4_g32", inside, blocks="layers")["per_linear"]) == 3
+    loader = torch.utils.data.DataLoader(Endless(), batch_size=None)
+    report = quantize(model, Recipe(format="int4_g32", method="gptq"), loader, blocks="layers")
+    assert next(iter(report["per_linear"].values()))["calibration_tokens"] == 15
 
 
 def test_a_single_batch_is_split():

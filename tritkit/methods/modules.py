@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..formats import QTensor
 from ..progress import progress
-from ..stored import StoredLinear
+from ..stored import InputQuantizer, StoredLinear
 from . import rtn
 from .batches import held_out, run, split
-from .blocks import BlockJob, Quantised, is_matrix, parameter_of
+from .blocks import BlockJob, is_matrix, parameter_of
 from .finetune import finetune
 from .planning import require_shape
 from .recipe import LoadedRecipe, Recipe, as_recipe, plans_of
@@ -70,7 +71,7 @@ def quantize(
         raise ValueError(f"{unknown} is an option for model folders, but this is a {type(model).__name__}")
     if isinstance(batches, (str, Tensor, Mapping)):
         raise ValueError(f"batches is one {type(batches).__name__}; give a list of batches")
-    return _Modules(model, loaded, batches or (), blocks, distance).run()
+    return _Modules(model, loaded, () if batches is None else batches, blocks, distance).run()
 
 
 class _Modules:
@@ -139,27 +140,26 @@ class _Modules:
         inputs, held = states[: self.fitted], states[self.fitted :]
         records: dict[str, dict[str, Any]] = {}
         adapters: dict[str, dict[str, Any]] = {}
-        done: dict[str, Quantised] = {}
+        weights = size = 0
         with progress(f"quantize {type(self.model).__name__}", len(self.blocks), "blocks") as advance:
             for name, block in self.blocks.items():
                 job = BlockJob(block, self.linears[name], self.plans, self.recipe, self._call_of(name), inputs)
                 step = run_block(job, held, self._judge_of(block, wanted) if held else None)
-                done |= job.done
                 records |= {n: q.record for n, q in job.done.items()}
                 if step.report is not None:
                     adapters[name] = step.report
                 if step.term is not None:
                     adapters[name]["bytes"] = self._install(block, step.term)
                 inputs, held = step.outputs, step.held
+                for linear, found in job.done.items():  # now, so that no two models of floats are in memory
+                    if found.weight is not None:
+                        weights += found.weight.codes.numel()
+                        size += self._store(linear, found.weight, found.inputs)
                 advance()
-        for name, found in done.items():
-            self._store(name, found)
         for batch in self.batches[:1]:
             run(self.model, batch)  # what cannot run on stored linears says so while it can still be put back
         kept = [self.blocks[name].get_submodule(ADAPTER) for name, entry in adapters.items() if entry["kept"]]
         tuned = self._finetune(kept, wanted) if self.recipe.qwt.finetune and kept and held else None
-        weights = sum(q.weight.codes.numel() for q in done.values() if q.weight is not None)
-        size = sum(rtn.packed(q.weight).nbytes for q in done.values() if q.weight is not None)
         added = sum(a.get("bytes", 0) for a in adapters.values())
         return {
             "per_linear": records,
@@ -263,17 +263,21 @@ class _Modules:
         block.register_forward_hook(_compensate)
         return sum(p.numel() * p.element_size() for p in (*adapter.parameters(), *adapter.buffers()))
 
-    def _store(self, name: str, found: Quantised) -> None:
-        """A linear in its own bits in place of the float one, without the hook that rounds its inputs."""
-        module = self.model.get_submodule(name)
-        if not isinstance(module, nn.Linear) or found.weight is None:
-            return
-        parent, _, child = name.rpartition(".")
-        bias = None if module.bias is None else module.bias.detach()
-        arrays = rtn.packed(found.weight).arrays
-        shape = (module.out_features, module.in_features)
-        stored = StoredLinear(found.weight.format.layout, arrays, shape, bias, found.inputs)
-        setattr(self.model.get_submodule(parent), child, stored)
+    def _store(self, name: str, weight: QTensor, inputs: InputQuantizer | None) -> int:
+        """A linear in its own bits in place of the float one, without the hook that rounds its inputs; returns its
+        bytes, which for a convolution, whose floats stay, are those that it would have."""
+        module, packed = self.model.get_submodule(name), rtn.packed(weight)
+        if isinstance(module, nn.Linear):
+            parent, _, child = name.rpartition(".")
+            bias = None if module.bias is None else module.bias.detach()
+            shape = (module.out_features, module.in_features)
+            stored = StoredLinear(weight.format.layout, packed.arrays, shape, bias, inputs)
+            setattr(self.model.get_submodule(parent), child, stored)
+            if all(parameter is not module.weight for parameter in self.model.parameters()):
+                module.weight.data = module.weight.data.new_empty(
+                    0
+                )  # the snapshot has the module and what its weights were
+        return packed.nbytes
 
 
 def _compensate(block: nn.Module, args: tuple, output: Any) -> Any:

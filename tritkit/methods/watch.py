@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -60,7 +60,7 @@ class Watch:
         self.calls: dict[str, Arguments] = {}
         self.called: set[str] = set()
         self.before: Tensor | None = None
-        self.version = 0  # of the input of the block that runs: how often it was written to
+        self.unchanged: Callable[[], bool] = lambda: True  # whether the input of the block that runs is what it was
         self.blocks = list(blocks)
         self.handles: list[Any] = []
         for name, block in blocks.items():
@@ -86,10 +86,10 @@ class Watch:
             if any(is_cache(v) and v.get_seq_length() for v in (*args[1:], *kwargs.values())):
                 raise ValueError(f"{name} is called with keys and values of earlier tokens; give whole sequences")
         self.calls[name] = (*without_caches(args[1:], kwargs), args[0].dtype)
-        self.version = args[0]._version
+        self.unchanged = _unchanged(args[0])
 
     def _leave(self, name: str, block: nn.Module, args: tuple, output: Any) -> None:
-        if args[0]._version != self.version:
+        if not self.unchanged():
             raise ValueError(f"{name} writes over its input, which is needed afterwards; let it work on a copy")
         self.before = state_of(output).detach()
 
@@ -105,9 +105,20 @@ class Watch:
         called = list(self.calls)
         if called != self.blocks:
             missing = next((name for name in self.blocks if name not in self.calls), None)
-            what = f"{missing} is not called" if missing else f"{called[0]} is called first, {called[1]} next"
-            raise ValueError(f"the blocks are {', '.join(self.blocks[:3])} ..., but {what}; name them with blocks= in "
-                             "the order in which they run")  # fmt: skip
+            here, there = next((a, b) for a, b in zip(self.blocks, [*called, ""], strict=False) if a != b)
+            what = f"{missing} is not called" if missing else f"{there} runs where {here} is named"
+            names = ", ".join(self.blocks[:3]) + " ..." * (len(self.blocks) > 3)
+            raise ValueError(f"the blocks are {names}, but {what}; name them with blocks= in the order in which they "
+                             "run")  # fmt: skip
+
+
+def _unchanged(x: Tensor) -> Callable[[], bool]:
+    """Says later whether x was not written to since; tensors of inference mode do not count that."""
+    if x.is_inference():
+        before = x.clone()
+        return lambda: torch.equal(before, x)
+    version = x._version
+    return lambda: x._version == version
 
 
 def is_cache(value: Any) -> bool:
