@@ -201,6 +201,13 @@ def test_a_stopped_run_does_not_measure_importance_again(folder, tmp_path, text,
         quantize_folder(*arguments, **SHORT, imatrix=file)
     assert not file.exists()
     monkeypatch.setattr(quantizer.Layerwise, "_layer", layer)
+
+    def is_full(*_):
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="full"):
+        patched.setattr(quantizer, "_write", is_full)
+        quantize_folder(*arguments, **SHORT, imatrix=file)
     quantize_folder(*arguments, **SHORT, imatrix=file)
     assert len(calls) == 1 and file.exists()
     quantize_folder(folder, tmp_path / "whole", "q4_0", [text], **SHORT, imatrix=file)
@@ -230,6 +237,7 @@ def test_the_search_says_what_weighs_it(folder, tmp_path, text, capfd):
     assert "weighed by the inputs on the calibration text" in capfd.readouterr().err
     quantize_folder(folder, tmp_path / "b", recipe(format="q4_0", importance="false"), [text], **SHORT)
     quantize_folder(folder, tmp_path / "c", "q4_0")
+    quantize_folder(folder, tmp_path / "d", recipe(format="int4_g32", embedding="q4_0"), [text], **SHORT)
     assert "weighed" not in capfd.readouterr().err
 
 

@@ -69,9 +69,10 @@ class Partial:
         if is_new:
             finished = len(_layers(folder))
             if finished and not overwrite:
+                layers = "a finished layer" if finished == 1 else f"{finished} finished layers"
                 raise ValueError(
-                    f"{folder} holds {finished} finished layers of another recipe, text, model or version; --overwrite "
-                    "drops them, the command that made them goes on with them"
+                    f"{folder} holds {layers} of another recipe, text, model or version; --overwrite "
+                    "drops that, the command that began it goes on with it"
                 )
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)

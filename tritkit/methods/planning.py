@@ -102,12 +102,18 @@ def is_weighed(plan: Plan) -> bool:
     return plan.format is not None and plan.method == "search" and plan.format.name in WEIGHED
 
 
+def weighs_inputs(loaded: LoadedRecipe, plans: Mapping[str, Plan]) -> bool:
+    """Whether that is so of any linear; the inputs of the embedding and the head are not looked at."""
+    linears = [plan for name, plan in plans.items() if name not in (EMBEDDING, HEAD)]
+    return loaded.recipe.importance and any(map(is_weighed, linears))
+
+
 def require_weighed(loaded: LoadedRecipe, plans: Mapping[str, Plan], imatrix: object) -> None:
     """ValueError where an importance matrix would change nothing."""
     recipe = loaded.recipe
     if not recipe.importance:
         raise ValueError(f"the recipe has importance = false, but {imatrix} is an importance matrix; leave one out")
-    weighed = any(is_weighed(plan) for name, plan in plans.items() if name not in (EMBEDDING, HEAD))
+    weighed = weighs_inputs(loaded, plans)
     if recipe.budget.bits is not None and recipe.method in (None, "search"):
         weighed = weighed or bool(set(recipe.budget.options) & set(WEIGHED))
     if not weighed:

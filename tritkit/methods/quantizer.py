@@ -42,12 +42,12 @@ from .layerwise import Layerwise, layout_of
 from .partial import Partial
 from .planning import (
     all_plans,
-    is_weighed,
     needs_inputs,
     require_fit,
     require_plain,
     require_weighed,
     warnings_of,
+    weighs_inputs,
     what_needs,
 )
 from .recipe import LoadedRecipe, Plan, Recipe, Rule, as_recipe
@@ -57,7 +57,7 @@ def quantize_folder(
     source: Path | str,
     out: Path | str,
     recipe: LoadedRecipe | Recipe | str | Path,
-    calibration: Sequence[str] | str | None = None,
+    calibration: Sequence[str | Path] | str | Path | None = None,
     *,
     sequences: int = 32,
     length: int = 2048,
@@ -86,14 +86,14 @@ def quantize_folder(
         require_weighed(loaded, plans, imatrix)
     needs = next((what_needs(p, loaded) for p in plans.values() if needs_inputs(p, loaded)), None)
     collects = imatrix is not None and not Path(imatrix).exists()
-    calibration = _texts(calibration, needs, imatrix if collects else None)
+    sources = _texts(calibration, needs, imatrix if collects else None)
     for name, tensor in model.tensors.items():  # reads every byte: what can be refused without that has been
         require_finite(model, name, tensor)
     data = None
-    if calibration and (needs or collects or measure_inputs):
-        held = max(round(sequences * loaded.recipe.qwt.held_out), 1) if loaded.recipe.correct else 0
+    if sources and (needs or collects or measure_inputs):
+        held = held_out_of(loaded, sequences)
         data = read_calibration(
-            model.tokenizer(), calibration, sequences, length, held, model.config.max_position_embeddings, text_field
+            model.tokenizer(), sources, sequences, length, held, model.config.max_position_embeddings, text_field
         )
     weights = {} if imatrix is None or collects else importance_of(model, Path(imatrix))
     how = "measured" if collects else _digest(weights)
@@ -111,23 +111,22 @@ def quantize_folder(
         plans = all_plans(model, loaded, data is not None or imatrix is not None)
         for warning in warnings_of(model, plans):
             _warn(warning)
-        weighed = loaded.recipe.importance and any(is_weighed(plan) for plan in plans.values())
-        if data is not None and imatrix is None and weighed:
+        if data is not None and imatrix is None and weighs_inputs(loaded, plans):
             console().print("the search is weighed by the inputs on the calibration text", style="dim")
         quantizer = Layerwise(model, loaded, plans, data, partial, weights)
         quantizer.run()
         damped = [name for name, record in quantizer.records.items() if "note" in record]
         if damped:
-            _warn(f"the second moments of inputs of {len(damped)} linears ({damped[0]} ...) were singular; they were "
-                  "damped more than the recipe says")  # fmt: skip
+            of = damped[0] if len(damped) == 1 else f"{len(damped)} linears ({damped[0]} ...)"
+            _warn(f"the second moments of inputs of {of} were singular; they were damped more than the recipe says")
         tuned = quantizer.finetune() if loaded.recipe.correct and loaded.recipe.qwt.finetune else None
         options: dict[str, Any] = {} if imatrix is None else {"imatrix": str(imatrix)}
         if data is not None:
-            options |= {"calibration": calibration, "sequences": sequences, "length": length, "text_field": text_field}
-        if collects and imatrix is not None:
+            options |= {"calibration": sources, "sequences": sequences, "length": length, "text_field": text_field}
+        metrics = _write(model, out, loaded, given.digest(), plans, quantizer, options, tuned)
+        if collects and imatrix is not None:  # not before: with it there, a run that is stopped now would be another
             with atomic_open(imatrix, "wb") as file:
                 file.write(measured.read_bytes())
-        metrics = _write(model, out, loaded, given.digest(), plans, quantizer, options, tuned)
     except ValueError:  # will not go better another time, so there is nothing to go on with
         if partial.is_new:
             partial.remove()
@@ -136,7 +135,12 @@ def quantize_folder(
     return metrics
 
 
-def _texts(given: Sequence[str] | str | None, needs: str | None, imatrix: Path | str | None) -> list[str]:
+def held_out_of(loaded: LoadedRecipe, sequences: int) -> int:
+    """Sequences beside those that methods are calibrated on, which judge what these have made."""
+    return max(round(sequences * loaded.recipe.qwt.held_out), 1) if loaded.recipe.correct else 0
+
+
+def _texts(given: Sequence[str | Path] | str | Path | None, needs: str | None, imatrix: Path | str | None) -> list[str]:
     """The names of the calibration texts: those that are given, or (None) the bundled books for what needs any. needs:
     that; imatrix: the file of importance that is to be measured. ValueError where there is none, but a need for it."""
     if imatrix is not None and not Path(imatrix).absolute().parent.is_dir():
@@ -144,7 +148,7 @@ def _texts(given: Sequence[str] | str | None, needs: str | None, imatrix: Path |
     if given is None and (needs or imatrix is not None):
         console().print("calibrating on the bundled books; --calibration TEXT names another text", style="dim")
         return [str(bundled_text())]
-    found = [given] if isinstance(given, str) else list(given or ())
+    found = [str(name) for name in ([given] if isinstance(given, str | Path) else given or ())]
     if imatrix is not None and not found:
         raise ValueError(f"there is no importance matrix {imatrix}; to measure one, give text with --calibration")
     if needs and not found:

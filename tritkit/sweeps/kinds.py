@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..checkpoint import ModelFolder
-from ..methods.planning import all_plans, is_weighed, needs_inputs
+from ..methods.planning import all_plans, needs_inputs, weighs_inputs
 from ..methods.recipe import LoadedRecipe
 from .settings import Settings
 
@@ -11,13 +11,12 @@ from .settings import Settings
 def calibration_of(model: ModelFolder, settings: Settings, loaded: LoadedRecipe) -> tuple[str, ...] | None:
     """The text for one recipe: none, (), where it has no use for one; None: the bundled books."""
     try:
-        plans = all_plans(model, loaded, bool(settings.calibration)).values()
+        plans = all_plans(model, loaded, bool(settings.calibration))
     except ValueError:  # a recipe that does not fit this model: its row will say so
         return ()
-    if any(needs_inputs(plan, loaded) for plan in plans):
+    if any(needs_inputs(plan, loaded) for plan in plans.values()):
         return settings.calibration or None
-    weighs = loaded.recipe.importance and any(is_weighed(plan) for plan in plans)
-    return settings.calibration if weighs else ()
+    return settings.calibration if weighs_inputs(loaded, plans) else ()
 
 
 def kind_of(loaded: LoadedRecipe | None) -> str:
