@@ -120,6 +120,17 @@ def test_version_one_and_zero_points_of_zero():
     assert np.array_equal(first.offset, second.offset) and np.array_equal(first.codes, second.codes)
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_groups_of_zeros_alone(version):
+    """Their scale may be 0, which no zero point goes into."""
+    m = matrix("int4_g32_asym", mean=-2.0)
+    m.scale[3, 1], m.offset[3, 1] = 0.0, 0.0
+    back = Gptq(4, version).unpack(Gptq(4, version).pack(m), (64, 96))
+    rounded = type(m)(m.codes, m.scale.astype(np.float16).astype(np.float32), m.offset)
+    np.testing.assert_allclose(values(back), values(rounded), rtol=1e-3, atol=2e-3)
+    assert not values(back)[3, 32:64].any()
+
+
 def test_what_the_layout_cannot_hold_is_refused():
     with pytest.raises(ValueError, match="2, 3, 4 or 8 bits, not 5"):
         Gptq(5, 2)

@@ -326,6 +326,7 @@ def test_the_verb_prints_and_writes_the_table(place, text_file, capsys, monkeypa
     assert document.read_text().startswith(text) and document.read_text().count("rtn4") == text.count("rtn4")
     with pytest.raises(ValueError, match="a line <!-- sweep other --> and"):
         write_markdown(tree, f"{document}#other")
+    assert main(["sweep", place.settings.model, recipes[0], *options]) == 0, "the row of another call is not this one's"
     header, line, *body = markdown(tree).split("\n\n")[0].splitlines()
     assert {header.count("|"), line.count("|"), *(row.count("|") for row in body)} == {header.count("|")}
 

@@ -143,7 +143,8 @@ def has_row_scales(folder: ModelFolder, name: str) -> bool:
     """Whether a stored matrix is of symmetric integers with one scale a row, as LLM.int8() needs them."""
     if folder.layouts.get(name) != "dense" or f"{name}.weight_zero" in folder.tensors:
         return False
-    return folder.tensors[f"{name}.weight_scale"].array.shape[-1] == 1
+    shape = folder.tensors[f"{name}.weight_scale"].array.shape
+    return len(shape) == 2 and shape[1] == 1
 
 
 def _require_grid(folder: ModelFolder, name: str, inputs: InputFormat) -> list[str]:

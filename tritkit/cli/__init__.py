@@ -14,7 +14,8 @@ from .running import bench, chat, generate
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code: 0, 2 for a mistake of the user, 130 for Ctrl-C."""
+    """Run one verb; returns the exit code: 0, 1 where rows of a sweep failed, 2 for a mistake of the user,
+    130 for Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if not arguments or arguments[0] in ("-h", "--help", "help"):

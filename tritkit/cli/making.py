@@ -89,7 +89,8 @@ def quantize(arguments: list[str]) -> int:
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="recipe file, mix or format")
     parser.add_argument("--format", help="of the weights: int{2..8}[_gN|_row|_tensor][_asym], nf4, q4_k, ternary ...")
     parser.add_argument(
-        "--method", help="rtn, gptq or search (default: search for ggml's formats, gptq with --bits, else rtn)"
+        "--method",
+        help="rtn, gptq or search (default: search for ggml's formats, gptq where --bits stands for RECIPE, else rtn)",
     )
     parser.add_argument("--range", help="how a grid is chosen: absmax, minmax, percentile, mse, entropy")
     parser.add_argument("--inputs", help="format of activations, for instance int8_row; +outliers for LLM.int8()")
@@ -98,9 +99,7 @@ def quantize(arguments: list[str]) -> int:
     parser.add_argument("--correct", help="qwt: a closed-form compensation of each layer")
     parser.add_argument("--embedding", help="format of the embedding (default: as it is)")
     parser.add_argument("--head", help="format of the output head, where the model has one of its own")
-    parser.add_argument(
-        "--bits", type=float, help="mixed formats by measured sensitivity, so many bits a weight (method gptq)"
-    )
+    parser.add_argument("--bits", type=float, help="mixed formats by measured sensitivity, so many bits a weight")
     calibration_options(parser)
     parser.add_argument(
         "--imatrix", metavar="FILE", help="llama.cpp's importance matrix; measured and written where there is none"

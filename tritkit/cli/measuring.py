@@ -107,9 +107,10 @@ def sweep(arguments: list[str]) -> int:
     print_sweep(tree)
     if options.markdown is not None:
         write_markdown(tree, options.markdown)
-    failed = [row["name"] for row in tree["rows"] if row["error"] is not None]
+    asked = tree["rows"][: 1 + len(recipes)]  # the model and these recipes; older rows come behind
+    failed = [row["name"] for row in asked if row["error"] is not None]
     if failed:
-        print(f"tritkit: {len(failed)} of {len(tree['rows'])} rows failed: {', '.join(failed)}", file=sys.stderr)
+        print(f"tritkit: {len(failed)} of {len(asked)} rows failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -122,9 +122,9 @@ def fields(matrix: Unpacked, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndar
     scale = np.broadcast_to(matrix.scale, (len(matrix.codes), groups))
     zero = np.full(scale.shape, half, np.float32)
     if matrix.offset is not None:
-        zero = np.rint(-np.broadcast_to(matrix.offset, scale.shape) / scale)
-        if not np.array_equal(-scale * zero, np.broadcast_to(matrix.offset, scale.shape)) or not (
-            zero.min() >= 0 and zero.max() < 1 << bits
-        ):
+        offset = np.broadcast_to(matrix.offset, scale.shape)
+        # groups of zeros alone have none; the middle is what every version of these files can hold
+        zero = np.where(scale == 0, 1 << bits - 1, np.rint(-offset / np.where(scale == 0, 1, scale)))
+        if not np.array_equal(-scale * zero, offset) or not (zero.min() >= 0 and zero.max() < 1 << bits):
             raise ValueError("its offsets are no integer zero point times the scale")
     return (matrix.codes + half).astype(np.uint8), zero.astype(np.uint8), scale

@@ -38,9 +38,8 @@ class Compensation:
 
 
 def solve(pairs: Iterable[Pair], ridge: float) -> Compensation:
-    """argmin |Y - X W^T - b|^2 + ridge * mean(diag X^T X) * |W|^2 over all rows; the intercept is not shrunk.
-
-    With C the covariance of X this is W^T = (C + ridge * mean(diag C))^-1 cov(X, Y), b = mean Y - W mean X.
+    """argmin mean |Y - X W^T - b|^2 + ridge * mean(diag C) * |W|^2 over all rows, C the covariance of X; the intercept
+    is not shrunk: W^T = (C + ridge * mean(diag C))^-1 cov(X, Y), b = mean Y - W mean X.
     """
     count, sum_x, sum_y, xx, xy = 0, None, None, None, None
     for x, y in pairs:

@@ -59,9 +59,9 @@ class SmoothQuantOptions:
 
 @dataclass(frozen=True)
 class QwtOptions:
-    """Fu et al. 2024. ridge: relative to the mean square of the inputs; check: keep a term only where the divergence of
-    the whole model falls on held-out tokens; held_out: share of the calibration sequences kept for that; finetune:
-    epochs over the calibration sequences that train the terms afterwards."""
+    """Fu et al. 2024. ridge: relative to the mean variance of the inputs; check: keep a term only where the divergence
+    of the whole model falls on held-out tokens, which it has to explain (R^2) in any case; held_out: share of the
+    calibration sequences kept for that; finetune: epochs over these sequences that train the terms afterwards."""
 
     ridge: float = 1e-2
     check: bool = True

@@ -25,7 +25,7 @@ from ..files import atomic_open
 from ..folderfacts import describe
 from ..jsonfile import read_object
 from ..methods.calibration import read_calibration
-from ..methods.quantizer import bundled_text, quantize_folder
+from ..methods.quantizer import bundled_text, held_out_of, quantize_folder
 from ..methods.recipe import LoadedRecipe
 from ..models.config import ModelConfig
 from ..progress import console
@@ -203,13 +203,17 @@ class _Sweep:
     def _require_unseen(self, todo: Sequence[LoadedRecipe | None]) -> None:
         """ValueError where the test text is among what the recipes are calibrated on."""
         s = self.settings
-        texts = {calibration_of(self.model, s, loaded) for loaded in todo if loaded is not None} - {()}
+        wanted = [(calibration_of(self.model, s, r), held_out_of(r, s.sequences)) for r in todo if r is not None]
         test = [window.tokens for text in self.texts.values() for window in text.windows]
-        for sources in texts if test else ():
+        for sources, held in {one for one in wanted if one[0] != ()} if test else ():
             names = [str(bundled_text())] if sources is None else list(sources)
-            longest = self.model.config.max_position_embeddings
-            data = read_calibration(self.model.tokenizer(), names, s.sequences, s.length, 0, longest, s.text_field)
-            require_unseen(data.fit.numpy(), test, ", ".join(Path(name).name for name in names))
+            tokenizer, longest = self.model.tokenizer(), self.model.config.max_position_embeddings
+            try:
+                data = read_calibration(tokenizer, names, s.sequences, s.length, held, longest, s.text_field)
+            except ValueError:  # too short for what is held out: the row will say so
+                continue
+            rows = [*data.fit.numpy(), *data.held_out.numpy()]
+            require_unseen(rows, test, ", ".join(Path(name).name for name in names))
 
     def _estimate(self, parent: Model) -> Estimate:
         s, probe = self.settings, Probe.measure(parent, self.texts)
@@ -315,6 +319,8 @@ class _Sweep:
                 path, _ = stack.enter_context(peer.model_gguf(model))
             except ValueError as error:
                 return {"peer_refusal": " ".join(str(error).split())}
+            except RuntimeError as error:
+                return {"peer_error": " ".join(str(error).split())}
             try:
                 nll = peer.losses(path, [(w.tokens, w.targets) for w in text.windows], cores)
             except (ValueError, RuntimeError) as error:
