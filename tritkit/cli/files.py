@@ -10,8 +10,8 @@ def import_(arguments: list[str]) -> int:
     parser = parser_of(
         "import",
         "Make a model folder of SOURCE: the id of a model on the Hugging Face hub (owner/name, or\n"
-        "owner/name/file.gguf), a folder of one, a GGUF file, or a llama2.c checkpoint. Weights keep their bits:\n"
-        "blocks of GGUF run as they are.",
+        "owner/name/file.gguf), a folder of one (GPTQ and compressed-tensors too), a GGUF file, or a llama2.c\n"
+        "checkpoint. Weights keep their bits: blocks of GGUF and groups of integers run as they are.",
         "tritkit import smollm2-q4_k_m.gguf models/smol",
     )
     parser.add_argument("source", metavar="SOURCE", help="hub id, folder, file.gguf or llama2.c file")
@@ -34,10 +34,11 @@ def export(arguments: list[str]) -> int:
     parser = parser_of(
         "export",
         "Write MODEL as a GGUF file (OUT ends in .gguf) for llama.cpp, bitnet.cpp or ik_llama.cpp, or as a folder\n"
-        "that transformers loads without tritkit. It is read back and compared before it gets its name.",
+        "that transformers or vLLM loads without tritkit (--to). It is read back and compared before it gets its name.",
         "tritkit export models/mine mine.gguf --type tq2_0\n"
         "  tritkit export models/smol smol.gguf --type q4_k_m --imatrix smol.imatrix.gguf\n"
-        "  tritkit export models/mine mine-hf --to hf-bitlinear",
+        "  tritkit export models/mine mine-hf --to hf-bitlinear\n"
+        "  tritkit export models/smol-q4 smol-gptq --to gptq_v2",
     )
     from ..gguf_export import export_gguf
     from ..gguf_plan import WRITTEN
