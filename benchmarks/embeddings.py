@@ -1,12 +1,14 @@
 """What int8 and binary embeddings cost in retrieval and give in size and speed, with all-MiniLM-L6-v2 on Wikipedia.
 
 OMP_NUM_THREADS=1 python benchmarks/embeddings.py --text WIKI.txt[.xz] [--passages 6000] [--queries 1000]
+    [--peer sentence-transformers]
 
 The task is an inverse cloze (Lee et al., arXiv 1906.00300): a query is a sentence out of a paragraph, and the paragraph
 without that sentence is the one passage to be found among all. The text: articles between lines <|endoftext|>,
 paragraphs between empty lines. The int8 ranges are those of the corpus. Retention is the NDCG@10 as a share of
 float32's, its standard error that of the paired differences. Speeds are medians
-taken in turns, of processor time: with OMP_NUM_THREADS=1 that of an idle machine.
+taken in turns, of processor time: with OMP_NUM_THREADS=1 that of an idle machine. --peer says instead how many codes
+and how many queries' results are those of sentence-transformers, which finds candidates by faiss or usearch.
 """
 
 import argparse
@@ -81,6 +83,31 @@ def seconds_a_query(corpora: dict[str, np.ndarray], ranges: np.ndarray, queries:
     return {key: float(np.median(found)) for key, found in samples.items()}
 
 
+PEERS = {"uint8": "faiss", "ubinary": "faiss", "int8": "usearch", "binary": "usearch"}  # what can search them
+
+
+def print_peer(queries: np.ndarray, corpus: np.ndarray, ranges: np.ndarray) -> None:
+    """How much of what we make and find is what sentence-transformers does."""
+    from sentence_transformers.util import quantization
+
+    table = Table(title=f"sentence-transformers on the same {len(corpus)} vectors, {len(queries)} queries")
+    for column in ("precision", "by", "codes the same", "queries that find the same", "largest difference of scores"):
+        table.add_column(column, justify="right")
+    for precision, library in PEERS.items():
+        codes = quantize_embeddings(corpus, precision, ranges)
+        same = codes == quantization.quantize_embeddings(corpus, precision, ranges)
+        rows, scores = search_embeddings(queries, codes, precision, TOP_K, 4, ranges)
+        search = getattr(quantization, f"semantic_search_{library}")
+        hits, _ = search(
+            queries, codes, corpus_precision=precision, top_k=TOP_K, rescore_multiplier=4, ranges=ranges, exact=True
+        )
+        theirs = np.array([[hit["corpus_id"] for hit in found] for found in hits])
+        alike = (np.sort(rows, 1) == np.sort(theirs, 1)).all(1)  # those of equal scores in any order
+        apart = np.abs(scores - np.array([[hit["score"] for hit in found] for found in hits]))[alike]
+        table.add_row(precision, library, f"{same.mean():.4%}", f"{alike.sum()} of {len(alike)}", f"{apart.max():.1e}")
+    Console(width=140).print(table)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True)
@@ -89,6 +116,7 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=1000)
     parser.add_argument("--speed", type=int, default=200_000, help="embeddings of the corpus that speed is taken on")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--peer", choices=("sentence-transformers",), help="compare with it instead")
     options = parser.parse_args()
 
     kept = options.models / f"wiki-{options.text.name}-{options.passages}-{options.queries}-{options.seed}.npz"
@@ -103,6 +131,9 @@ def main() -> None:
     data = np.load(kept)
     corpus, queries, answers = data["corpus"], data["queries"], data["answers"]
     ranges = embedding_ranges(corpus)
+    if options.peer is not None:
+        print_peer(queries, corpus, ranges)
+        return
     codes = {precision: quantize_embeddings(corpus, precision, ranges) for precision, _ in ROWS}
     quality = {}
     for precision, multiplier in ROWS:
