@@ -25,11 +25,11 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from ggml_peer import quantize_chunk, quantize_file
 
-from tritkit.checkpoint import matrix_names
 from tritkit.gguf_config import FILE_TYPES
 from tritkit.gguf_export import encoded, export_gguf
 from tritkit.gguf_plan import plan
 from tritkit.layouts.search import quantize
+from tritkit.models.shapes import matrix_names
 from tritkit.sources import open_model
 
 COLUMNS, PART = 2048, 4096  # 8 M weights at once

@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from tritkit import _native
-from tritkit.checkpoint import linear_shape
 from tritkit.models.config import ModelConfig
+from tritkit.models.shapes import linear_shape
 from tritkit.speed.machine import QUIET_WAIT, Limits, machine_of, waited_seconds
 from tritkit.speed.shapes import SHAPES, draw, shape_named, ternary_words
 

@@ -3,8 +3,9 @@
 import numpy as np
 import torch
 
-from tritkit.checkpoint import open_folder, write_folder
+from tritkit.checkpoint import open_folder
 from tritkit.engine.torch import model_of
+from tritkit.folderwriter import write_folder
 from tritkit.methods.recipe import read_recipe
 from tritkit.models.config import ModelConfig
 from tritkit.models.transformer import build

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tritkit.checkpoint import matrix_names, matrix_shape
 from tritkit.gguf_model import ggml_name
 from tritkit.layouts import GGML
+from tritkit.models.shapes import matrix_names, matrix_shape
 
 SPEC = importlib.util.find_spec("llama_cpp")
 if SPEC is None or SPEC.origin is None:

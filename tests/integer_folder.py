@@ -5,9 +5,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tritkit.checkpoint import linear_names, open_folder, write_folder
+from tritkit.checkpoint import open_folder
+from tritkit.folderwriter import write_folder
 from tritkit.formats import format_of
 from tritkit.methods.rtn import packed
+from tritkit.models.shapes import linear_names
 from tritkit.tensorfile import StoredTensor
 
 DTYPES = {"uint8": "U8", "int16": "I16", "int32": "I32", "int64": "I64", "float16": "F16", "float32": "F32"}

@@ -4,11 +4,13 @@ write. Formats are given in turn; None leaves floats."""
 import numpy as np
 import torch
 
-from tritkit.checkpoint import HEAD, linear_names, matrix_names, open_folder, write_folder
+from tritkit.checkpoint import open_folder
+from tritkit.folderwriter import write_folder
 from tritkit.formats import format_of
 from tritkit.inputs import input_format
 from tritkit.layouts import GGML
 from tritkit.methods import rtn
+from tritkit.models.shapes import HEAD, linear_names, matrix_names
 from tritkit.tensorfile import StoredTensor
 
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}  # for blocks of 256

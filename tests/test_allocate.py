@@ -96,10 +96,11 @@ def test_the_measure_is_the_divergence_to_second_order(tmp_path):
 def test_importance_from_a_file_weighs_the_options(tmp_path):
     from float_folder import a_folder
 
-    from tritkit.checkpoint import matrix_shape, open_folder
+    from tritkit.checkpoint import open_folder
     from tritkit.methods.allocate import measure
     from tritkit.methods.calibration import Calibration
     from tritkit.methods.recipe import read_recipe
+    from tritkit.models.shapes import matrix_shape
 
     model = open_folder(a_folder(tmp_path / "model", vocab_size=4096))
     tokens = torch.randint(0, 4096, (2, 48), generator=torch.Generator().manual_seed(5))

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 
 from tritkit import _native, results
-from tritkit.checkpoint import linear_names, open_folder
+from tritkit.checkpoint import open_folder
 from tritkit.cli import main
 from tritkit.engine import Job
 from tritkit.engine.load import decoder_weights
 from tritkit.engine.native import NativeEngine
+from tritkit.models.shapes import linear_names
 from tritkit.speed.bench import KEYS, ratios
 from tritkit.speed.child import Child
 from tritkit.speed.machine import Look, Machine, Sample, Stopwatch, energy_counters, machine_of

@@ -10,16 +10,18 @@ import pytest
 import torch
 from integer_folder import integer_folder, stored
 
-from tritkit.checkpoint import float_to_bf16, linear_names, open_folder
+from tritkit.checkpoint import open_folder
 from tritkit.engine import Job
 from tritkit.engine.load import load
 from tritkit.engine.torch import model_of
+from tritkit.folderwriter import float_to_bf16
 from tritkit.formats import format_of
 from tritkit.hf_export import export_hf
 from tritkit.importer import import_model
 from tritkit.layouts import LAYOUTS, Packed, Unpacked
 from tritkit.layouts.compressed import PackQuantized
 from tritkit.methods.rtn import unpacked
+from tritkit.models.shapes import linear_names
 from tritkit.tensorfile import StoredTensor, TensorFile, write_tensors
 
 UP = "model.layers.0.mlp.up_proj"

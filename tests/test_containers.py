@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from integer_folder import integer_folder
 
-from tritkit.checkpoint import linear_names, open_folder
+from tritkit.checkpoint import open_folder
 from tritkit.difference import DIFFERENT, EQUAL, MISSING, differences
 from tritkit.gguf import GGUFFile
 from tritkit.gguf_export import export_gguf
@@ -17,6 +17,7 @@ from tritkit.gguf_model import open_gguf
 from tritkit.hf_export import export_hf
 from tritkit.importer import import_model
 from tritkit.layouts.search import SEARCHES
+from tritkit.models.shapes import linear_names
 from tritkit.pack import pack
 
 DOCS = Path(__file__).parent.parent / "docs" / "containers.md"

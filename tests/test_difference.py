@@ -5,12 +5,13 @@ import json
 import numpy as np
 import pytest
 
-from tritkit.checkpoint import linear_names, open_folder
+from tritkit.checkpoint import open_folder
 from tritkit.cli import main
 from tritkit.difference import differences
 from tritkit.gguf_export import export_gguf
 from tritkit.gguf_model import open_gguf
 from tritkit.hf_export import export_hf
+from tritkit.models.shapes import linear_names
 from tritkit.pack import pack
 from tritkit.tensorfile import StoredTensor, TensorFile, write_tensors
 

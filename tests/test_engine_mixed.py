@@ -10,15 +10,17 @@ from mixed import DTYPES, FORMATS, WIDE, mixed, packed
 from test_engines import MEAN_KL, MEDIAN_LOGIT, TOP_1, log_softmax, teacher_forced
 
 from tritkit import _native
-from tritkit.checkpoint import linear_names, open_folder, write_folder
+from tritkit.checkpoint import open_folder
 from tritkit.engine import Job
 from tritkit.engine.codes import grouped
 from tritkit.engine.load import decoder_weights, load
 from tritkit.engine.native import NativeEngine
 from tritkit.engine.torch import input_quantizer, model_of
+from tritkit.folderwriter import write_folder
 from tritkit.formats import format_of
 from tritkit.layouts import LAYOUTS
 from tritkit.methods.rtn import unpacked
+from tritkit.models.shapes import linear_names
 from tritkit.stored import InputQuantizer, StoredLinear, StoredMatrix
 from tritkit.tensorfile import StoredTensor
 

@@ -84,9 +84,9 @@ def test_integer_sums_are_equal(make_folder, kind):
     import torch
 
     from tritkit import _native
-    from tritkit.checkpoint import linear_names, linear_shape
     from tritkit.kernels import integer_product
     from tritkit.layouts import LAYOUTS
+    from tritkit.models.shapes import linear_names, linear_shape
     from tritkit.pack import pack_linears
 
     folder = open_folder(make_folder(kind))

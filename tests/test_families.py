@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_engines import FULL_PRECISION, check_close, teacher_forced
 
-from tritkit.checkpoint import linear_names, open_folder
+from tritkit.checkpoint import open_folder
 from tritkit.engine.load import decoder_weights
 from tritkit.engine.native import NativeEngine
 from tritkit.engine.torch import TorchEngine, model_of
 from tritkit.gguf_export import export_gguf
+from tritkit.models.shapes import linear_names
 from tritkit.pack import pack
 
 transformers = pytest.importorskip("transformers")

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from test_engines import FULL_PRECISION, both, check_close
 
-from tritkit.checkpoint import linear_names, open_folder
+from tritkit.checkpoint import open_folder
 from tritkit.models import FAMILIES
 from tritkit.models.config import ModelConfig
 from tritkit.models.rope import SCALINGS, Rope
+from tritkit.models.shapes import linear_names
 from tritkit.models.transformer import build
 from tritkit.pack import pack
 from tritkit.trainstate import save_model

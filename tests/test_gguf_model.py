@@ -6,7 +6,7 @@ import gguf
 import numpy as np
 import pytest
 
-from tritkit.checkpoint import linear_names, matrix_names, matrix_shape, open_folder
+from tritkit.checkpoint import open_folder
 from tritkit.difference import DIFFERENT, EQUAL, MISSING, REQUANTISED, ROUNDED, differences
 from tritkit.engine.torch import model_of
 from tritkit.gguf import GGUFFile
@@ -30,6 +30,7 @@ from tritkit.layouts.search import SEARCHES, quantize
 from tritkit.methods.importance import Importance
 from tritkit.methods.mixes import MIXES
 from tritkit.models.rope import Rope, rope_from_hf
+from tritkit.models.shapes import linear_names, matrix_names, matrix_shape
 from tritkit.pack import pack
 
 WIDE = {"hidden_size": 256, "intermediate_size": 512}  # whole blocks of every type

@@ -371,10 +371,11 @@ def test_streaming_keeps_the_space_that_sentencepiece_puts_before_a_text(stories
 
 
 def test_generation_ends_at_every_stop_token(make_folder):
-    from tritkit.checkpoint import open_folder, write_folder
+    from tritkit.checkpoint import open_folder
     from tritkit.engine.load import load
     from tritkit.engine.sampling import Sampling
     from tritkit.engine.text import Timing, stream_ids
+    from tritkit.folderwriter import write_folder
 
     folder, greedy = make_folder("llama"), Sampling(temperature=0)
     opened = open_folder(folder)

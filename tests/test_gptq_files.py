@@ -10,7 +10,7 @@ import pytest
 import torch
 from integer_folder import integer_folder, stored
 
-from tritkit.checkpoint import linear_names, open_folder
+from tritkit.checkpoint import open_folder
 from tritkit.cli import main
 from tritkit.engine.torch import model_of
 from tritkit.formats import format_of
@@ -20,6 +20,7 @@ from tritkit.layouts import Packed
 from tritkit.layouts.gptq import Gptq
 from tritkit.layouts.words import from_words, to_words
 from tritkit.methods.rtn import unpacked
+from tritkit.models.shapes import linear_names
 from tritkit.tensorfile import TensorFile, write_tensors
 
 UP = "model.layers.0.mlp.up_proj"

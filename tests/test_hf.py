@@ -11,9 +11,11 @@ import torch
 from mixed import mixed
 from test_hf_export import assert_same, logits_of, ours, relaid
 
-from tritkit.checkpoint import matrix_names, open_folder, write_folder
+from tritkit.checkpoint import open_folder
+from tritkit.folderwriter import write_folder
 from tritkit.hf_hook import add_to
 from tritkit.layouts import GGML
+from tritkit.models.shapes import matrix_names
 from tritkit.pack import pack
 from tritkit.tensorfile import StoredTensor
 

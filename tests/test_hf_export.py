@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from tritkit.checkpoint import EMBEDDING, linear_names, open_folder, write_folder
+from tritkit.checkpoint import open_folder
 from tritkit.engine.torch import model_of
+from tritkit.folderwriter import write_folder
 from tritkit.hf_export import export_hf
 from tritkit.layouts import LAYOUTS
 from tritkit.layouts.translate import translate
+from tritkit.models.shapes import EMBEDDING, linear_names
 from tritkit.pack import pack
 from tritkit.sources import open_model
 from tritkit.tensorfile import StoredTensor, TensorFile

@@ -151,10 +151,11 @@ def test_what_is_collected_is_what_flows_in_llama_cpp(make_model, tmp_path):
     """The inputs of every linear while llama.cpp runs the same tokens through the same weights."""
     import torch
 
-    from tritkit.checkpoint import linear_names, open_folder
+    from tritkit.checkpoint import open_folder
     from tritkit.gguf_export import export_gguf
     from tritkit.methods.calibration import Calibration
     from tritkit.methods.collect import collect_importance
+    from tritkit.models.shapes import linear_names
 
     peer = pytest.importorskip("ggml_peer")
     folder = open_folder(make_model("llama"))

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from mixed import WIDE, mixed
 
-from tritkit.checkpoint import linear_names, linear_shape, open_folder, quantization_config
+from tritkit.checkpoint import open_folder
+from tritkit.folderwriter import quantization_config
 from tritkit.gguf_export import export_gguf
 from tritkit.hf_export import export_hf
 from tritkit.inputs import InputFormat, input_format
+from tritkit.models.shapes import linear_names, linear_shape
 
 Q = "model.layers.0.self_attn.q_proj"
 

@@ -6,12 +6,13 @@ import json
 import numpy as np
 import pytest
 
-from tritkit.checkpoint import linear_names, norm_sizes, open_folder
+from tritkit.checkpoint import open_folder
 from tritkit.cli import main
 from tritkit.engine import Job
 from tritkit.engine.load import decoder_weights
 from tritkit.engine.native import NativeEngine
 from tritkit.gguf_writer import NewTensor
+from tritkit.models.shapes import linear_names, norm_sizes
 from tritkit.speed.bench import KEYS
 from tritkit.speed.measure import Work
 from tritkit.speed.peer import LlamaCpp, write_without_vocabulary

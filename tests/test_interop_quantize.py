@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import tritkit
-from tritkit.checkpoint import EMBEDDING, matrix_names, matrix_shape, open_folder
+from tritkit.checkpoint import open_folder
 from tritkit.gguf import GGUFFile
 from tritkit.gguf_config import FILE_TYPES
 from tritkit.gguf_export import export_gguf
@@ -16,6 +16,7 @@ from tritkit.gguf_model import open_gguf
 from tritkit.methods.importance import Importance, read_importance
 from tritkit.methods.mixes import MIXES
 from tritkit.methods.quantizer import quantize_folder
+from tritkit.models.shapes import EMBEDDING, matrix_names, matrix_shape
 
 pytest.importorskip("llama_cpp")
 from ggml_peer import quantize_file

@@ -2,10 +2,10 @@
 
 import pytest
 
-from tritkit.checkpoint import EMBEDDING, HEAD, linear_names, matrix_names
 from tritkit.gguf_config import FILE_TYPES
 from tritkit.methods.mixes import MIXES, fallback, mix_types
 from tritkit.models.config import ModelConfig
+from tritkit.models.shapes import EMBEDDING, HEAD, linear_names, matrix_names
 
 
 def config(hidden=512, layers=12, heads=8, kv=4, intermediate=1536, family="llama", tied=False) -> ModelConfig:

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from tritkit.checkpoint import linear_names, linear_shape
 from tritkit.models import FAMILIES
 from tritkit.models.config import ModelConfig, config_from_hf
+from tritkit.models.shapes import linear_names, linear_shape
 from tritkit.models.transformer import build
 
 FORMATS_OF = {"llama": (None, None), "b158": ("ternary", "a8"), "b1": ("binary", "a8_q128")}

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from tritkit import results
-from tritkit.checkpoint import linear_names, open_folder
+from tritkit.checkpoint import open_folder
 from tritkit.formats import format_of
+from tritkit.models.shapes import linear_names
 from tritkit.pack import pack
 
 

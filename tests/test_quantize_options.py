@@ -8,8 +8,9 @@ import torch
 from float_folder import LONG, SHORT, a_folder, a_text, distance, recipe
 
 from tritkit import results
-from tritkit.checkpoint import linear_names, open_folder, write_folder
+from tritkit.checkpoint import open_folder
 from tritkit.engine.torch import model_of
+from tritkit.folderwriter import write_folder
 from tritkit.layouts import search
 from tritkit.methods import quantizer
 from tritkit.methods.calibration import read_calibration
@@ -18,6 +19,7 @@ from tritkit.methods.planning import all_plans
 from tritkit.methods.quantizer import quantize_folder
 from tritkit.methods.recipe import Rule, read_recipe
 from tritkit.methods.stream import DecoderStream
+from tritkit.models.shapes import linear_names
 from tritkit.tensorfile import StoredTensor
 
 

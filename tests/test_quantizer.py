@@ -14,7 +14,7 @@ import torch
 from float_folder import SHORT, a_folder, a_text, distance, recipe
 
 from tritkit import results
-from tritkit.checkpoint import linear_names, open_folder
+from tritkit.checkpoint import open_folder
 from tritkit.cli import main
 from tritkit.engine.torch import model_of
 from tritkit.formats import format_of
@@ -24,6 +24,7 @@ from tritkit.methods.partial import Partial
 from tritkit.methods.quantizer import quantize_folder
 from tritkit.methods.recipe import GptqOptions, Plan, Recipe, Rule
 from tritkit.methods.stream import DecoderStream
+from tritkit.models.shapes import linear_names
 
 
 @pytest.fixture(scope="module")

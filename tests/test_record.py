@@ -6,8 +6,9 @@ import torch
 from float_folder import SHORT, a_folder, a_text, recipe
 
 from tritkit import results
-from tritkit.checkpoint import open_folder, write_folder
+from tritkit.checkpoint import open_folder
 from tritkit.engine.torch import model_of
+from tritkit.folderwriter import write_folder
 from tritkit.formats import format_of
 from tritkit.methods import gptq
 from tritkit.methods.calibration import read_calibration

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tritkit.checkpoint import linear_names, linear_shape, open_folder
+from tritkit.checkpoint import open_folder
 from tritkit.cli import main
 from tritkit.engine.codes import NotNative
 from tritkit.engine.load import load
@@ -17,6 +17,7 @@ from tritkit.evals import divergence
 from tritkit.evals.perplexity import evaluate, held_out_text
 from tritkit.methods.quantizer import quantize_folder
 from tritkit.methods.recipe import LoadedRecipe, Recipe, read_recipe
+from tritkit.models.shapes import linear_names, linear_shape
 from tritkit.sweeps import estimate as estimate_module
 from tritkit.sweeps import run as module
 from tritkit.sweeps.estimate import Estimate, Probe, said

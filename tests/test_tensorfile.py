@@ -6,7 +6,7 @@ import struct
 import numpy as np
 import pytest
 
-from tritkit.checkpoint import float_to_bf16
+from tritkit.folderwriter import float_to_bf16
 from tritkit.tensorfile import StoredTensor, TensorFile, write_tensors
 
 ARRAYS = {

@@ -36,13 +36,14 @@ from fuzz_mutations import damage
 from fuzz_seeds import every_seed
 
 import tritkit
-from tritkit.checkpoint import matrix_names, matrix_shape, open_folder
+from tritkit.checkpoint import open_folder
 from tritkit.engine.load import decoder_weights
 from tritkit.gguf_model import open_gguf
 from tritkit.gguf_tokenizer import tokenizer_from_llama2c, tokenizer_to_gguf
 from tritkit.inspection import inspect
 from tritkit.llama2c import open_llama2c
 from tritkit.methods.importance import read_importance
+from tritkit.models.shapes import matrix_names, matrix_shape
 from tritkit.tokenizer import Tokenizer
 
 SECONDS = 2.0  # of CPU, since other work on the machine is no fault of a reader

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from tritkit.checkpoint import EXTRAS, linear_names, matrix_names, matrix_shape, norm_sizes, open_folder, write_folder
+from tritkit.checkpoint import EXTRAS, open_folder
+from tritkit.folderwriter import write_folder
 from tritkit.gguf_export import export_gguf
 from tritkit.hf_export import export_hf
 from tritkit.layouts import LAYOUTS, Unpacked
@@ -19,6 +20,7 @@ from tritkit.layouts.codebook import SecondLevel
 from tritkit.methods.importance import Importance
 from tritkit.models.config import ModelConfig, config_from_hf
 from tritkit.models.rope import Rope
+from tritkit.models.shapes import linear_names, matrix_names, matrix_shape, norm_sizes
 from tritkit.spm import BYTES
 from tritkit.tensorfile import StoredTensor
 from tritkit.tokenizer import Tokenizer

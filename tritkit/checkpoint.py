@@ -6,87 +6,27 @@ per linear, as transformers' autobitlinear reads them (FACTS 5.3), or our own wh
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .files import atomic_open
-from .inputs import OUTLIERS, THRESHOLD, read_adapters, read_inputs, read_threshold, require_inputs
+from .inputs import THRESHOLD, read_adapters, read_inputs, read_threshold, require_inputs
 from .jsonfile import read_object, shown
 from .layouts import GGML, LAYOUTS, Packed, Unpacked
 from .models.config import ModelConfig, config_from_hf
-from .tensorfile import LazyTensor, StoredTensor, TensorFile, write_tensors
+from .models.shapes import linear_names, linear_shape, matrix_names, matrix_shape, norm_sizes
+from .tensorfile import StoredTensor, TensorFile
 from .tokenizer import Tokenizer
 
 OWN = "tritkit_"  # begins the model_type of what transformers cannot represent, so that it must refuse the folder
-# A file that is not there, named by config.json as the one with the weights: who asks for a class of transformers by
-# its name is not stopped by model_type and would get latent weights without their rounding. hf.py overlooks it.
-GUARD = {"transformers_weights": "import-tritkit-and-use-AutoModelForCausalLM.safetensors"}
-COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "generation_config.json",
-    "chat_template.jinja",
-)
-
 CODEBOOKS = ("nf4", "nf4_dq", "fp4")
 # Layouts that have a weight_scale, and what layouts may store beside "weight".
 SCALED = ("hf_bitlinear", "hf_autobitlinear", "binary_rows", "dense", "i2_s_x86", "i2_s_arm", *CODEBOOKS)
 EXTRAS = ("weight_scale", "weight_code", "weight_zero", "weight_scale_absmax", "weight_scale_mean")
 FOREIGN = ("gptq", "compressed-tensors")  # quantisers whose folders foreign.py reads as dense
-
-# What transformers itself runs as BitNet; everything else gets a model_type of our own.
-HF_FORMATS = ("ternary", "a8")
-
-
-def linear_names(config: ModelConfig) -> list[str]:
-    """The linears of the layers, in order of computation."""
-    inside = [*(f"self_attn.{p}_proj" for p in "qkvo"), *(f"mlp.{p}_proj" for p in ("gate", "up", "down"))]
-    return [f"model.layers.{i}.{name}" for i in range(config.num_hidden_layers) for name in inside]
-
-
-def linear_shape(config: ModelConfig, name: str) -> tuple[int, int]:
-    """[out, in] of a linear by its name."""
-    heads, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    shapes = {
-        "q_proj": (heads, config.hidden_size),
-        "k_proj": (kv, config.hidden_size),
-        "v_proj": (kv, config.hidden_size),
-        "o_proj": (config.hidden_size, heads),
-        "gate_proj": (config.intermediate_size, config.hidden_size),
-        "up_proj": (config.intermediate_size, config.hidden_size),
-        "down_proj": (config.hidden_size, config.intermediate_size),
-    }
-    return shapes[name.rsplit(".", 1)[1]]
-
-
-EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
-
-
-def matrix_names(config: ModelConfig) -> list[str]:
-    """Everything that may be stored as codes: the embedding, the linears of the layers, the head if it has its own."""
-    return [EMBEDDING, *linear_names(config), *(() if config.tie_word_embeddings else (HEAD,))]
-
-
-def matrix_shape(config: ModelConfig, name: str) -> tuple[int, int]:
-    """[rows, columns] of a matrix by its name."""
-    return (config.vocab_size, config.hidden_size) if name in (EMBEDDING, HEAD) else linear_shape(config, name)
-
-
-def norm_sizes(config: ModelConfig) -> dict[str, int]:
-    """The norms between the linears by name."""
-    heads = config.num_attention_heads * config.head_dim
-    sizes = {"input_layernorm": config.hidden_size, "post_attention_layernorm": config.hidden_size}
-    if config.sub_norms:
-        sizes |= {"self_attn.attn_sub_norm": heads, "mlp.ffn_sub_norm": config.intermediate_size}
-    if config.qk_norms:
-        sizes |= {"self_attn.q_norm": config.head_dim, "self_attn.k_norm": config.head_dim}
-    norms = {f"model.layers.{i}.{n}": size for i in range(config.num_hidden_layers) for n, size in sizes.items()}
-    return norms | {"model.norm": config.hidden_size}
 
 
 @dataclass(frozen=True)
@@ -359,112 +299,3 @@ def _tensor_files(path: Path) -> Mapping[str, StoredTensor]:
             raise ValueError(f"{index} names {shown(file)}, which is no safetensors file beside it")
         files[file] = TensorFile(path / file)
     return _Shards({name: files[file][name] for name, file in names.items()})
-
-
-def write_folder(
-    folder: Path | str,
-    config: ModelConfig,
-    tensors: Mapping[str, StoredTensor | LazyTensor],
-    tokenizer: Tokenizer,
-    layouts: Mapping[str, str],
-    advance: Callable[[], None] = lambda: None,
-    inputs: Mapping[str, str] = {},
-    adapters: Sequence[int] = (),
-    outlier_threshold: float = THRESHOLD,
-) -> None:
-    """Write config, weights, tokenizer and generation config into ``folder``, each file atomically, weights first.
-
-    layouts: of the matrices whose tensors are codes. ``advance`` is called after each tensor. inputs, adapters,
-    outlier_threshold: as in ModelFolder.
-    """
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    write_tensors(path / "model.safetensors", tensors, {}, advance)
-    tokenizer.save(path)
-    stops = tokenizer.stop_ids
-    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops if len(stops) > 1 else tokenizer.eos_id}
-    with atomic_open(path / "generation_config.json") as file:
-        json.dump({**special, "do_sample": True, "temperature": 0.8}, file, indent=2)
-    embedding = tensors[f"{EMBEDDING}.weight"].dtype
-    dtype = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(embedding, "float32")
-    tree = {**config.to_hf(), **special, "dtype": dtype, "torch_dtype": dtype}
-    q = quantization_config(config, layouts, inputs, adapters, outlier_threshold)
-    if q is not None:
-        tree["quantization_config"] = q
-        if q["quant_method"] == "tritkit":
-            tree |= {"model_type": OWN + config.family, "architectures": ["TritkitForCausalLM"], **GUARD}
-    with atomic_open(path / "config.json") as file:
-        json.dump(tree, file, indent=2)
-
-
-def quantization_config(
-    config: ModelConfig,
-    layouts: Mapping[str, str],
-    inputs: Mapping[str, str] = {},
-    adapters: Sequence[int] = (),
-    outlier_threshold: float = THRESHOLD,
-) -> dict[str, Any] | None:
-    """What config.json says of the formats: in transformers' words where it has them, else in ours."""
-    if config.weights is None and not layouts and not inputs and not adapters:
-        return None
-    excluded = [*config.full_precision, "lm_head"] if config.full_precision else None
-    modules: dict[str, Any] = {"modules_to_not_convert": excluded and list(dict.fromkeys(excluded))}
-    if config.linear_norm_eps:
-        modules |= {"use_rms_norm": True, "rms_norm_eps": config.linear_norm_eps}
-    ours = set(layouts.values())
-    stored = set(layouts) == {n for n in linear_names(config) if config.is_low_bit(n)} and len(ours) == 1
-    plain = not inputs and not adapters
-    if (
-        plain
-        and (config.weights, config.activations) == HF_FORMATS
-        and (not layouts or (stored and ours <= {"hf_autobitlinear", "hf_bitlinear"}))
-    ):
-        divides = ours == {"hf_bitlinear"}
-        return {
-            "quant_method": "bitnet",
-            "linear_class": "bitlinear" if divides else "autobitlinear",
-            **({} if divides else {"quantization_mode": "offline" if layouts else "online"}),
-            **modules,
-        }
-    q = {"quant_method": "tritkit", "weights": config.weights, "activations": config.activations, **modules}
-    if inputs:
-        q["inputs"] = dict(inputs)
-        if any(format.endswith(OUTLIERS) for format in inputs.values()):
-            q["outlier_threshold"] = outlier_threshold
-    if adapters:
-        q["adapters"] = sorted(adapters)
-    return {**q, "layout": ours.pop()} if stored else {**q, "layout": None, "layouts": dict(layouts)}
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """The files beside the weights that belong to the model whatever its form."""
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            with atomic_open(target / name, "wb") as file:
-                file.write((source / name).read_bytes())
-
-
-def float_to_bf16(values: np.ndarray) -> np.ndarray:
-    """float32 to raw bfloat16, rounded half to even as torch does; NaN stays NaN."""
-    raw = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    rounded = ((raw + 0x7FFF + ((raw >> 16) & 1)) >> 16).astype(np.uint16)
-    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
-
-
-def as_dtype(name: str, values: np.ndarray, dtype: str) -> np.ndarray:
-    """float32 as the file's "F32", "F16" or "BF16" (raw); ValueError, with the tensor's name, for too large ones."""
-    if dtype == "BF16":
-        return float_to_bf16(values)
-    if dtype == "F16" and values.size and np.abs(values).max() > np.finfo(np.float16).max:
-        raise ValueError(f"{name} has values up to {np.abs(values).max():.6g}, too large for float16; bf16 holds them")
-    return values.astype(np.float16 if dtype == "F16" else np.float32)
-
-
-def unpacked_tensors(
-    tensors: Mapping[str, StoredTensor], packed: set[str], dtype: str
-) -> Iterator[tuple[str, StoredTensor]]:
-    """What stays high precision in a packed folder: every tensor but those of the linears in ``packed``, as dtype,
-    "BF16" or "F32"."""
-    for name, tensor in tensors.items():
-        if name.rsplit(".weight", 1)[0] not in packed:
-            yield name, StoredTensor(dtype, as_dtype(name, tensor.float32(), dtype))

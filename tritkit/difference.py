@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .checkpoint import ModelFolder, matrix_names, matrix_shape
+from .checkpoint import ModelFolder
 from .gguf_check import HALF_A_STEP, K_QUANTS, ROUNDING, largest_error, steps_off
 from .layouts import Unpacked
+from .models.shapes import matrix_names, matrix_shape
 
 EQUAL, ROUNDED, REQUANTISED, DIFFERENT, MISSING = "equal", "rounded", "requantised", "different", "missing"
 # Bits of the significand, the hidden one too: how far a value may be from what it was rounded from.

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoint import ModelFolder, linear_names, linear_shape
+from .checkpoint import ModelFolder
+from .models.shapes import linear_names, linear_shape
 
 SHARES = {"share_-1": -1, "share_0": 0, "share_+1": 1}
 PerLinear = dict[str, dict[str, Any]]

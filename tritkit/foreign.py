@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoint import matrix_names, matrix_shape
 from .jsonfile import shown
 from .layouts import LAYOUTS, Packed
 from .layouts import compressed as compressed_layout
@@ -21,6 +20,7 @@ from .layouts.compressed import PackQuantized
 from .layouts.gptq import Gptq
 from .layouts.words import WORD, count
 from .models.config import ModelConfig
+from .models.shapes import matrix_names, matrix_shape
 from .tensorfile import FLOATS, StoredTensor
 
 DTYPES = {np.dtype(np.uint8): "U8", np.dtype(np.int16): "I16", np.dtype(np.float16): "F16", np.dtype(np.float32): "F32"}

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from . import __version__
-from .checkpoint import ModelFolder, linear_names, matrix_shape
+from .checkpoint import ModelFolder
 from .files import atomic_open
 from .layouts import Packed, Unpacked
 from .layouts.compressed import PackQuantized
 from .layouts.gptq import BITS, Gptq
 from .layouts.words import count
+from .models.shapes import linear_names, matrix_shape
 from .tensorfile import LazyTensor, StoredTensor
 
 KINDS = ("gptq", "gptq_v2", "compressed-tensors")

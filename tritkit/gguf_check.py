@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from .checkpoint import ModelFolder, matrix_shape
+from .checkpoint import ModelFolder
 from .gguf_model import open_gguf
 from .layouts import GGML, LAYOUTS, Packed, Unpacked
 from .layouts.search import quantize
+from .models.shapes import matrix_shape
 
 SAMPLE = 16  # rows of each matrix that are read back
 ROUNDING = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "mxfp4")  # types that hold the nearest of their numbers

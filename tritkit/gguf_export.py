@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoint import EMBEDDING, HEAD, ModelFolder, as_dtype, linear_names, matrix_names, matrix_shape
+from .checkpoint import ModelFolder
 from .files import ended_politely
+from .folderwriter import as_dtype
 from .gguf import FLOAT_TYPES
 from .gguf_check import verify
 from .gguf_config import ARCHITECTURES, ROPE_FACTORS, architecture_of, metadata_of, rope_factors
@@ -28,6 +29,7 @@ from .layouts import GGML, I2S, LAYOUTS, GgmlQuantizer, Packed
 from .layouts.search import SEARCHES, quantize
 from .layouts.translate import TERNARY as TERNARY_LAYOUTS
 from .layouts.translate import pack_ternary, translate
+from .models.shapes import EMBEDDING, HEAD, linear_names, matrix_names, matrix_shape
 from .newfolder import require_finite, require_no_extras
 from .progress import progress
 

@@ -13,13 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
-from .checkpoint import OWN, ModelFolder, linear_names, quantization_config, require_complete
+from .checkpoint import OWN, ModelFolder, require_complete
+from .folderwriter import quantization_config
 from .gguf import FLOAT_TYPES, GGUFFile, Strings, as_array
 from .gguf_config import ARCHITECTURES, ROPE_FACTORS, config_of
 from .jsonfile import shown
 from .layouts import GGML, Packed
 from .layouts.i2s import detect_i2s, layer_evidence
 from .models.config import ModelConfig, config_from_hf
+from .models.shapes import linear_names
 from .tensorfile import StoredTensor
 
 # Names of tensors: ggml's within a layer, Hugging Face's within a layer.

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .checkpoint import EMBEDDING, HEAD, ModelFolder, linear_names, matrix_names, matrix_shape
+from .checkpoint import ModelFolder
 from .gguf import FLOAT_TYPES
 from .layouts import GGML, Unpacked
 from .layouts.search import SEARCHES
 from .layouts.translate import TERNARY as TERNARY_LAYOUTS
 from .layouts.translate import ternary_codes
+from .models.shapes import EMBEDDING, HEAD, linear_names, matrix_names, matrix_shape
 
 TERNARY = ("tq1_0", "tq2_0", "i2_s")
 # Types, and mixes of them as llama.cpp has them (methods/mixes.py); q3_k, q4_k and q5_k are types alone.

@@ -19,13 +19,15 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .checkpoint import EMBEDDING, EXTRAS, GUARD, HEAD, OWN, ModelFolder, matrix_names, matrix_shape, open_folder
+from .checkpoint import EXTRAS, OWN, ModelFolder, open_folder
+from .folderwriter import GUARD
 from .formats import Format, format_of
 from .inputs import input_format
 from .layers import Adapter, BitLinear, PackedLinear, RMSNorm
 from .layouts import LAYOUTS, Packed
 from .layouts.translate import one_scale
 from .models.config import FAMILIES, OWN_ARCHITECTURE
+from .models.shapes import EMBEDDING, HEAD, matrix_names, matrix_shape
 from .stored import InputQuantizer
 from .tensorfile import DTYPES
 

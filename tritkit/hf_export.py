@@ -17,27 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoint import (
-    EMBEDDING,
-    EXTRAS,
-    HEAD,
-    HF_FORMATS,
-    ModelFolder,
-    as_dtype,
-    copy_companions,
-    linear_names,
-    matrix_names,
-    matrix_shape,
-    open_folder,
-    write_folder,
-)
+from .checkpoint import EXTRAS, ModelFolder, open_folder
 from .files import atomic_open
+from .folderwriter import HF_FORMATS, as_dtype, copy_companions, write_folder
 from .foreign_export import KINDS as FOREIGN_KINDS
 from .foreign_export import ForeignLinears
 from .gguf_check import SAMPLE, rows_of
 from .layouts import GGML, LAYOUTS, Packed, Unpacked
 from .layouts.translate import TERNARY, Translated, one_scale, pack_ternary, ternary_codes, translate
 from .models.config import ModelConfig
+from .models.shapes import EMBEDDING, HEAD, linear_names, matrix_names, matrix_shape
 from .newfolder import beside, require_finite, require_new, require_no_extras
 from .progress import progress
 from .tensorfile import LazyTensor, StoredTensor

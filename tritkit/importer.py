@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 
 from . import results
-from .checkpoint import FOREIGN, ModelFolder, copy_companions, matrix_names, open_folder, write_folder
+from .checkpoint import FOREIGN, ModelFolder, open_folder
 from .files import atomic_open
 from .folderfacts import describe
+from .folderwriter import copy_companions, write_folder
 from .layouts import LAYOUTS
+from .models.shapes import matrix_names
 from .newfolder import beside, require_finite, require_new
 from .progress import progress
 from .sources import HUB_ID, open_model

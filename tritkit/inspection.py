@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from . import gguf_plan, hf_export
-from .checkpoint import EMBEDDING, HEAD, ModelFolder, linear_names, matrix_names, matrix_shape
+from .checkpoint import ModelFolder
 from .folderfacts import PerLinear, code_shares, describe
 from .gguf import GGUFFile, Strings
 from .inputs import OUTLIERS
 from .layouts import GGML
+from .models.shapes import EMBEDDING, HEAD, linear_names, matrix_names, matrix_shape
 from .newfolder import nonfinite
 from .sources import open_model
 from .tensorfile import TensorFile

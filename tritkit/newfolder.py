@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .checkpoint import COMPANIONS, ModelFolder
+from .checkpoint import ModelFolder
 from .files import ended_politely
+from .folderwriter import COMPANIONS
 from .layouts import GGML
 from .tensorfile import FLOATS, StoredTensor
 

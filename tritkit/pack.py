@@ -10,13 +10,15 @@ import numpy as np
 import torch
 
 from . import results
-from .checkpoint import ModelFolder, copy_companions, linear_names, open_folder, unpacked_tensors, write_folder
+from .checkpoint import ModelFolder, open_folder
 from .files import atomic_open
 from .folderfacts import code_shares, describe
+from .folderwriter import copy_companions, unpacked_tensors, write_folder
 from .formats import format_of
 from .layers import run_on_integers
 from .layouts import LAYOUTS, Packed
 from .methods.rtn import unpacked
+from .models.shapes import linear_names
 from .progress import progress
 from .tensorfile import StoredTensor
 

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import open_folder, write_folder
+from .checkpoint import open_folder
 from .files import atomic_open
+from .folderwriter import write_folder
 from .models.config import ModelConfig
 from .progress import console
 from .tensorfile import StoredTensor, TensorFile, write_tensors

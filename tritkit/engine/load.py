@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ..checkpoint import CODEBOOKS, EMBEDDING, HEAD, ModelFolder, linear_names, linear_shape
+from ..checkpoint import CODEBOOKS, ModelFolder
 from ..gguf_model import shared_scale
 from ..inputs import input_format
 from ..jsonfile import shown
 from ..layouts import GGML
 from ..models.config import ModelConfig
+from ..models.shapes import EMBEDDING, HEAD, linear_names, linear_shape
 from ..sources import bundled_folder as bundled_folder
 from ..sources import open_model
 from ..tensorfile import StoredTensor

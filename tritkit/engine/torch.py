@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import nn
 
-from ..checkpoint import EMBEDDING, HEAD, ModelFolder, matrix_shape
+from ..checkpoint import ModelFolder
 from ..formats import format_of
 from ..inputs import input_format
 from ..layers import Adapter, PackedLinear
 from ..layouts import LAYOUTS
 from ..layouts.translate import one_scale
+from ..models.shapes import EMBEDDING, HEAD, matrix_shape
 from ..models.transformer import KVCache, Transformer, build, linears_of
 from ..newfolder import require_finite
 from ..stored import InputQuantizer, StoredEmbedding, StoredLinear

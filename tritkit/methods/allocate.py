@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import ModelFolder, linear_names, matrix_shape
+from ..checkpoint import ModelFolder
 from ..inputs import input_format
 from ..kernels.floats import linear
+from ..models.shapes import linear_names, matrix_shape
 from ..progress import progress
 from . import NEED_INPUTS
 from .blocks import BlockJob, collect, matrix_of, stages_of

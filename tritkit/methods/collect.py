@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..checkpoint import ModelFolder, linear_names
+from ..checkpoint import ModelFolder
+from ..models.shapes import linear_names
 from ..progress import progress
 from .blocks import BlockJob, collect, stages_of
 from .calibration import Calibration

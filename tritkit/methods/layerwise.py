@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoint import EMBEDDING, HEAD, ModelFolder, linear_names, matrix_shape
+from ..checkpoint import ModelFolder
 from ..layouts import LAYOUTS
+from ..models.shapes import EMBEDDING, HEAD, linear_names, matrix_shape
 from ..models.transformer import Layer
 from ..progress import progress
 from ..stored import InputQuantizer

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..checkpoint import EMBEDDING, HEAD, linear_names, matrix_names, matrix_shape
 from ..layouts import GGML
 from ..models.config import ModelConfig
+from ..models.shapes import EMBEDDING, HEAD, linear_names, matrix_names, matrix_shape
 
 # Where rows are no whole blocks of 256, and then none of 32.
 FALLBACKS = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}

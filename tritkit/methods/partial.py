@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
-from ..checkpoint import EMBEDDING, EXTRAS, HEAD, ModelFolder
+from ..checkpoint import EXTRAS, ModelFolder
 from ..files import atomic_open
 from ..jsonfile import read_object
 from ..layouts import Packed
+from ..models.shapes import EMBEDDING, HEAD
 from ..tensorfile import StoredTensor, TensorFile, write_tensors
 from .calibration import Calibration
 from .recipe import LoadedRecipe

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..checkpoint import EMBEDDING, HEAD, ModelFolder, linear_names, matrix_names, matrix_shape
+from ..checkpoint import ModelFolder
 from ..gguf_plan import WEIGHED
 from ..inputs import OUTLIERS, has_row_scales
 from ..layouts import LAYOUTS
+from ..models.shapes import EMBEDDING, HEAD, linear_names, matrix_names, matrix_shape
 from . import NEED_INPUTS
 from .histogram import BINS
 from .layerwise import layout_of

@@ -19,18 +19,11 @@ import numpy as np
 import torch
 
 from .. import results
-from ..checkpoint import (
-    EMBEDDING,
-    HEAD,
-    ModelFolder,
-    copy_companions,
-    matrix_names,
-    matrix_shape,
-    open_folder,
-    write_folder,
-)
+from ..checkpoint import ModelFolder, open_folder
 from ..files import atomic_open
 from ..folderfacts import describe
+from ..folderwriter import copy_companions, write_folder
+from ..models.shapes import EMBEDDING, HEAD, matrix_names, matrix_shape
 from ..newfolder import beside, require_finite, require_new
 from ..progress import console
 from ..sources import open_model

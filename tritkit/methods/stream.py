@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import EMBEDDING, HEAD, ModelFolder
+from ..checkpoint import ModelFolder
 from ..kernels.floats import linear
 from ..layers import Linear
+from ..models.shapes import EMBEDDING, HEAD
 from ..models.transformer import Layer
 from .blocks import Walk
 

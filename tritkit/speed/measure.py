@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoint import linear_names, linear_shape
 from ..engine import Engine, Job
 from ..engine.load import decoder_weights
 from ..engine.native import NativeEngine
 from ..memory import peak_memory_mib
 from ..models.config import ModelConfig
+from ..models.shapes import linear_names, linear_shape
 from ..progress import progress
 from ..sources import open_model
 from .child import Child

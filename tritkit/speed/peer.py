@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint import ModelFolder, linear_names, linear_shape, norm_sizes
+from ..checkpoint import ModelFolder
 from ..gguf import NUMBERS, TYPES, GGUFFile, tensor_bytes
 from ..gguf_config import architecture_of, keys_of
 from ..gguf_export import export_gguf
 from ..gguf_model import ggml_name
 from ..gguf_writer import NewTensor, write_gguf
 from ..models.config import ModelConfig
+from ..models.shapes import linear_names, linear_shape, norm_sizes
 from ..progress import progress
 from .child import Child
 from .measure import Contestant, Work

@@ -19,9 +19,10 @@ from statistics import NormalDist
 
 import numpy as np
 
-from ..checkpoint import float_to_bf16, linear_names, linear_shape, norm_sizes
 from ..files import ended_politely
+from ..folderwriter import float_to_bf16
 from ..models.config import ModelConfig
+from ..models.shapes import linear_names, linear_shape, norm_sizes
 from ..progress import Advance, progress
 from ..tensorfile import DTYPES, tensor_header
 

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoint import ModelFolder, linear_names, linear_shape
+from ..checkpoint import ModelFolder
 from ..engine.load import Model
 from ..evals.divergence import compared, logits_of
 from ..evals.perplexity import ScoredText
 from ..methods.allocate import SEQUENCES, TOKENS
 from ..methods.quantizer import all_plans, require_fit
 from ..methods.recipe import LoadedRecipe
+from ..models.shapes import linear_names, linear_shape
 from .kinds import calibration_of, kind_of
 from .settings import Settings
 
