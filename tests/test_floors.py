@@ -15,7 +15,7 @@ FLOORS = {
     "layers": 2, "stored": 2, "models": 2, "tokenizer": 2, "tokenizer_guard": 2,
     "data": 3, "optim": 3, "trainer": 3, "trainstate": 3, "checkpoint": 3, "pack": 3, "folderfacts": 3,
     "tensorfile": 3, "gguf": 3, "gguf_writer": 3, "gguf_config": 3, "gguf_model": 3, "llama2c": 3, "sources": 3,
-    "inputs": 3, "importer": 3, "hub": 3, "newfolder": 3,
+    "inputs": 3, "importer": 3, "hub": 3, "newfolder": 3, "folderwriter": 3,
     "difference": 3, "gguf_export": 3, "gguf_plan": 3, "gguf_check": 3, "gguf_tokenizer": 3, "gguf_vocab": 3,
     "pretokenizers": 3, "spm": 3, "hf_export": 3, "foreign": 3, "foreign_export": 3,
     "hf": 3, "hf_hook": 3, "inspection": 3,
@@ -30,7 +30,7 @@ TORCH_FREE = {"layouts", "tokenizer", "models.config", "models", "data", "checkp
               "difference", "gguf_export", "gguf_plan", "methods.mixes", "methods.importance",
               "gguf_check", "gguf_tokenizer", "gguf_vocab", "pretokenizers", "spm", "hf_export", "hf_hook",
               "foreign", "foreign_export",
-              "inspection", "newfolder", "inputs",
+              "inspection", "newfolder", "inputs", "folderwriter", "models.shapes",
               "chat", "template", "tokenizer_guard", "engine",
               "embeddings",
               "engine.load", "engine.native", "evals", *EVERYWHERE}  # fmt: skip

@@ -206,6 +206,29 @@ def test_memory_is_the_float_model_and_codes(monkeypatch, method):
     assert held[-1] - before < 1.4 * floats, [round((h - before) / floats, 2) for h in held]
 
 
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("batches", [True, False])
+def test_linears_that_have_several_names_or_none(method, batches):
+    """One that two blocks share, a module of one that two share, and one that is called through a list that is no
+    submodule."""
+    if method == "gptq" and not batches:
+        pytest.skip("gptq needs data")
+    model = Chain([nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32)) for _ in range(3)]).eval()
+    model.layers[2][0] = model.layers[1][0]
+    model.layers[1][2] = model.layers[2][2] = nn.Sequential(nn.Linear(32, 32))
+    hidden = [model.layers[0][2]]
+    model.layers[0].forward = lambda x: hidden[0](torch.tanh(model.layers[0][0](x)))
+    x = torch.randn(64, 32)
+    wanted = model(x)
+    report = quantize(model, Recipe(format="int6_g32", method=method), [x] if batches else None, blocks="layers")
+    assert model.layers[2][0] is model.layers[1][0] and isinstance(model.layers[1][0], StoredLinear)
+    found = model(x)
+    assert len(report["per_linear"]) == 6 and 0 < (found - wanted).norm() / wanted.norm() < 0.05
+    if batches:
+        stored = model.layers[0][2]
+        assert torch.equal(hidden[0].weight, stored.floats(slice(None)))
+
+
 def test_inference_mode_and_loaders_are_fine():
     """Inputs made in inference mode do not count what is written to them; a loader may not know its length."""
 

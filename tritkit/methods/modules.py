@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..formats import QTensor
 from ..progress import progress
-from ..stored import InputQuantizer, StoredLinear
+from ..stored import StoredLinear
 from . import rtn
 from .batches import held_out, run, split
-from .blocks import BlockJob, is_matrix, parameter_of
+from .blocks import BlockJob, Quantised, is_matrix, parameter_of
 from .finetune import finetune
 from .planning import require_shape
 from .recipe import LoadedRecipe, Recipe, as_recipe, plans_of
@@ -34,7 +33,7 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 def quantize(
     model: nn.Module | Path | str,
     recipe: LoadedRecipe | Recipe | str | Path,
-    batches: Sequence[Any] | str | None = None,
+    batches: Sequence[Any] | str | Path | None = None,
     *,
     out: Path | str | None = None,
     blocks: str | Sequence[str] | None = None,
@@ -69,7 +68,7 @@ def quantize(
     if options or out is not None:
         unknown = next(iter(options), "out")
         raise ValueError(f"{unknown} is an option for model folders, but this is a {type(model).__name__}")
-    if isinstance(batches, (str, Tensor, Mapping)):
+    if isinstance(batches, str | Path | Tensor | Mapping):
         raise ValueError(f"batches is one {type(batches).__name__}; give a list of batches")
     return _Modules(model, loaded, () if batches is None else batches, blocks, distance).run()
 
@@ -122,7 +121,8 @@ class _Modules:
         self.called: set[str] = set()
 
     def run(self) -> dict[str, Any]:
-        before = Snapshot(self.model)
+        self.before = before = Snapshot(self.model)
+        self.replaced: dict[str, nn.Linear] = {}
         try:
             without_shortcuts(self.model)
             with torch.no_grad():
@@ -141,6 +141,7 @@ class _Modules:
         records: dict[str, dict[str, Any]] = {}
         adapters: dict[str, dict[str, Any]] = {}
         weights = size = 0
+        waiting: dict[str, Quantised] = {}  # linears of which a later block may have another name
         with progress(f"quantize {type(self.model).__name__}", len(self.blocks), "blocks") as advance:
             for name, block in self.blocks.items():
                 job = BlockJob(block, self.linears[name], self.plans, self.recipe, self._call_of(name), inputs)
@@ -151,13 +152,13 @@ class _Modules:
                 if step.term is not None:
                     adapters[name]["bytes"] = self._install(block, step.term)
                 inputs, held = step.outputs, step.held
-                for linear, found in job.done.items():  # now, so that no two models of floats are in memory
-                    if found.weight is not None:
-                        weights += found.weight.codes.numel()
-                        size += self._store(linear, found.weight, found.inputs)
+                waiting |= {n: q for n, q in job.done.items() if q.weight is not None}
+                for linear in self._last_seen_in(name, waiting):  # now, so that no two models of floats are in memory
+                    count, nbytes = self._store(linear, waiting.pop(linear))
+                    weights, size = weights + count, size + nbytes
                 advance()
-        for batch in self.batches[:1]:
-            run(self.model, batch)  # what cannot run on stored linears says so while it can still be put back
+        for batch in self.batches[:1]:  # what cannot run on stored linears says so while it can still be put back
+            self._run_stored(batch)
         kept = [self.blocks[name].get_submodule(ADAPTER) for name, entry in adapters.items() if entry["kept"]]
         tuned = self._finetune(kept, wanted) if self.recipe.qwt.finetune and kept and held else None
         added = sum(a.get("bytes", 0) for a in adapters.values())
@@ -263,21 +264,54 @@ class _Modules:
         block.register_forward_hook(_compensate)
         return sum(p.numel() * p.element_size() for p in (*adapter.parameters(), *adapter.buffers()))
 
-    def _store(self, name: str, weight: QTensor, inputs: InputQuantizer | None) -> int:
-        """A linear in its own bits in place of the float one, without the hook that rounds its inputs; returns its
-        bytes, which for a convolution, whose floats stay, are those that it would have."""
-        module, packed = self.model.get_submodule(name), rtn.packed(weight)
+    def _last_seen_in(self, block: str, waiting: Mapping[str, Quantised]) -> list[str]:
+        """Those of the linears that no block behind this one has, the last ones first: of a module with several names
+        the codes are those of the last."""
+        later = list(self.blocks)[list(self.blocks).index(block) + 1 :]
+        theirs = [module for other in later for module in self.linears[other].values()]
+        found = {name: self.model.get_submodule(name) for name in waiting}
+        return [name for name in reversed(found) if all(found[name] is not module for module in theirs)]
+
+    def _run_stored(self, batch: Any) -> None:
+        """Linears that are called through a reference that is none of a submodule stay; they get the same weights."""
+        called: set[str] = set()
+        handles = [
+            module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
+            for name, module in self.replaced.items()
+        ]
+        try:
+            run(self.model, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for name in called:
+            stored, weight = self.model.get_submodule(name), self.replaced[name].weight
+            assert isinstance(stored, StoredLinear)
+            weight.data = stored.floats(slice(None)).to(weight.dtype)
+
+    def _replace(self, name: str, module: nn.Module) -> None:
+        parent, _, child = name.rpartition(".")
+        setattr(self.model.get_submodule(parent), child, module)
+
+    def _store(self, name: str, found: Quantised) -> tuple[int, int]:
+        """A linear in its own bits in place of the float one, without the hook that rounds its inputs; returns how many
+        weights it has and its bytes, which for a convolution, whose floats stay, are those that it would have."""
+        assert found.weight is not None
+        module = self.model.get_submodule(name)
+        twin = next((other for other, old in self.replaced.items() if old is module), None)
+        if twin is not None:  # another name of it
+            self._replace(name, self.model.get_submodule(twin))
+        if twin is not None or isinstance(module, StoredLinear):
+            return 0, 0
+        packed = rtn.packed(found.weight)
         if isinstance(module, nn.Linear):
-            parent, _, child = name.rpartition(".")
             bias = None if module.bias is None else module.bias.detach()
             shape = (module.out_features, module.in_features)
-            stored = StoredLinear(weight.format.layout, packed.arrays, shape, bias, inputs)
-            setattr(self.model.get_submodule(parent), child, stored)
+            self._replace(name, StoredLinear(found.weight.format.layout, packed.arrays, shape, bias, found.inputs))
+            self.replaced[name] = module
             if all(parameter is not module.weight for parameter in self.model.parameters()):
-                module.weight.data = module.weight.data.new_empty(
-                    0
-                )  # the snapshot has the module and what its weights were
-        return packed.nbytes
+                module.weight.data = self.before.data_of(module.weight)  # which is in memory anyway
+        return found.weight.codes.numel(), packed.nbytes
 
 
 def _compensate(block: nn.Module, args: tuple, output: Any) -> Any:

@@ -37,6 +37,11 @@ def stored(array: np.ndarray) -> StoredTensor:
     return StoredTensor(WORDS[array.dtype.name], array)
 
 
+def partial_of(out: Path) -> Path:
+    """Where a run that writes ``out`` keeps what it has."""
+    return out.absolute().with_name(f".{out.name}.partial")
+
+
 class Partial:
     """One part for each layer ("0", "1", ...), and for the embedding and head. A part is there when its .json is."""
 
@@ -59,7 +64,7 @@ class Partial:
         """The place for that work: what an earlier run of the very same left there, or a new one. more: what else
         the result depends on; began: when this run did, of perf_counter. ValueError where layers of another recipe,
         text or model are finished there, unless they may be dropped (overwrite)."""
-        folder = out.absolute().with_name(f".{out.name}.partial")
+        folder = partial_of(out)
         parts = [*model.path.glob("*.safetensors"), model.path / "config.json"]
         files = [model.path] if model.path.is_file() else sorted(parts)
         facts = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]

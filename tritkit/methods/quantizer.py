@@ -32,7 +32,7 @@ from .calibration import Calibration, read_calibration
 from .collect import collect_importance
 from .importance import read_importance
 from .layerwise import Layerwise, layout_of
-from .partial import Partial
+from .partial import Partial, partial_of
 from .planning import (
     all_plans,
     needs_inputs,
@@ -78,7 +78,8 @@ def quantize_folder(
     if imatrix is not None:
         require_weighed(loaded, plans, imatrix)
     needs = next((what_needs(p, loaded) for p in plans.values() if needs_inputs(p, loaded)), None)
-    collects = imatrix is not None and not Path(imatrix).exists()
+    measured = partial_of(out) / f"importance{Path(imatrix or '').suffix}"  # a stopped run goes on with it
+    collects = imatrix is not None and (not Path(imatrix).exists() or _same_bytes(Path(imatrix), measured))
     sources = _texts(calibration, needs, imatrix if collects else None)
     for name, tensor in model.tensors.items():  # reads every byte: what can be refused without that has been
         require_finite(model, name, tensor)
@@ -92,7 +93,6 @@ def quantize_folder(
     how = "measured" if collects else _digest(weights)
     partial = Partial.begin(out, model, loaded, data, how, overwrite=overwrite, began=began)
     try:
-        measured = partial.folder / f"importance{Path(imatrix or '').suffix}"  # a stopped run goes on with it
         if collects:
             assert data is not None
             if not measured.exists():
@@ -116,10 +116,10 @@ def quantize_folder(
         options: dict[str, Any] = {} if imatrix is None else {"imatrix": str(imatrix)}
         if data is not None:
             options |= {"calibration": sources, "sequences": sequences, "length": length, "text_field": text_field}
-        metrics = _write(model, out, loaded, given.digest(), plans, quantizer, options, tuned)
-        if collects and imatrix is not None:  # not before: with it there, a run that is stopped now would be another
+        if collects and imatrix is not None:
             with atomic_open(imatrix, "wb") as file:
                 file.write(measured.read_bytes())
+        metrics = _write(model, out, loaded, given.digest(), plans, quantizer, options, tuned)
     except ValueError:  # will not go better another time, so there is nothing to go on with
         if partial.is_new:
             partial.remove()
@@ -147,6 +147,10 @@ def _texts(given: Sequence[str | Path] | str | Path | None, needs: str | None, i
     if needs and not found:
         raise ValueError(f"{needs} needs calibration data; give text with --calibration")
     return found
+
+
+def _same_bytes(a: Path, b: Path) -> bool:
+    return a.is_file() and b.is_file() and a.read_bytes() == b.read_bytes()
 
 
 def _warn(sentence: str) -> None:

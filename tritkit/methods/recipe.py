@@ -61,7 +61,7 @@ class SmoothQuantOptions:
 class QwtOptions:
     """Fu et al. 2024. ridge: relative to the mean variance of the inputs; check: keep a term only where the divergence
     of the whole model falls on held-out tokens, which it has to explain (R^2) in any case; held_out: share of the
-    calibration sequences kept for that; finetune: epochs over these sequences that train the terms afterwards."""
+    calibration sequences kept for that; finetune: epochs over the others that train the terms afterwards."""
 
     ridge: float = 1e-2
     check: bool = True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 # What torch keeps of a module: parameters, buffers, children, hooks.
 PARTS = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict))
@@ -27,6 +27,10 @@ class Snapshot:
             for kind, (name, _) in SHORTCUTS.items()
             if isinstance(m, kind) and hasattr(m, name)
         ]
+
+    def data_of(self, parameter: Tensor) -> Tensor:
+        """What it was."""
+        return next(data for known, data, _ in self.weights if known is parameter)
 
     def restore(self) -> None:
         for module, part, before in self.parts:
