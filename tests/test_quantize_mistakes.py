@@ -126,3 +126,11 @@ def test_kept_weights_have_no_rounded_inputs(folder, tmp_path):
     with pytest.raises(ValueError, match=r"a rule gives .*q_proj inputs 'int8_row', but nothing gives it a format"):
         quantize_folder(folder, tmp_path / "out", LoadedRecipe(Recipe(), rules))
     assert not list(tmp_path.iterdir()) and open_folder(folder)
+
+
+@pytest.mark.parametrize("format", ["int8_g32", "q8_0"])
+def test_outliers_need_one_scale_a_row_of_kept_codes(folder, tmp_path, format):
+    quantize_folder(folder, tmp_path / "q", format)
+    with pytest.raises(ValueError, match=r"need symmetric weights with one scale a row, but .*q_proj stays"):
+        quantize_folder(tmp_path / "q", tmp_path / "out", recipe(format="keep", inputs="int8_row+outliers"))
+    assert not (tmp_path / "out").exists()

@@ -366,6 +366,19 @@ def test_a_calibration_text_that_holds_the_test_is_refused(place, text_file):
         Settings(place.settings.model, calibration=(str(held_out_text()),))  # the test where none is named
 
 
+def test_a_sequence_that_only_judges_a_correction_must_be_unseen_too(place, text_file):
+    """QwT holds one of five sequences out, here the one in the middle, which the four of other methods leave out."""
+    middle = text_file.read_text(encoding="utf-8")[:400]
+    around = "owls sang and the cat saw the moon. " * 40
+    (place.folder / "copy.txt").write_text(around + middle + around)
+    (place.folder / "qwt.toml").write_text('format = "int3_g32"\ncorrect = "qwt"\n')
+    settings = replace(place.settings, calibration=(str(place.folder / "copy.txt"),))
+    sweep(settings, [place.recipes["gptq3"]], place.out)
+    with pytest.raises(ValueError, match=r"of the calibration text copy.txt are in the test text"):
+        sweep(settings, [read_recipe(place.folder / "qwt.toml")], place.out)
+    assert "qwt" not in rows(place.out)
+
+
 def test_small_numbers_have_digits_enough():
     def cell(value, error):
         return COLUMNS["KL to the parent, nats"]({"metrics": {"divergence_kl": value, "divergence_kl_error": error}})
