@@ -35,6 +35,7 @@ def test_mistakes_get_one_sentence_and_nothing_is_written(folder, tmp_path, text
     odd = with_value(folder, tmp_path / "odd", "model.layers.1.mlp.up_proj.weight", np.nan)
     cases = [
         (folder, recipe(format="int4_g48"), [], {}, "int4_g48 has groups of 48 columns, but a row of model.layers.0"),
+        (folder, recipe(format="q4_k"), [], {}, "q4_k has groups of 256 columns, but .*, or a mix as q4_k_m, which"),
         (folder, recipe(format="int4_g32", method="gptq"), [], {}, "the method gptq needs calibration data"),
         (folder, recipe(format="int4_g32", correct="qwt"), [], {}, "qwt needs calibration data"),
         (folder, recipe(format="int8_row", inputs="int8_tensor"), [], {}, "a static range of inputs needs calibration"),

@@ -12,7 +12,7 @@ from ..models.shapes import EMBEDDING, HEAD, linear_names, matrix_names, matrix_
 from . import NEED_INPUTS
 from .histogram import BINS
 from .layerwise import layout_of
-from .recipe import KEEP, LoadedRecipe, Plan, Settings, plan_of, settings_of
+from .recipe import KEEP, LoadedRecipe, Plan, Settings, is_ggml, plan_of, settings_of
 
 FLOATS = ("f32", "f16", "bf16")  # what a mix falls back to where no block fits a row
 
@@ -84,9 +84,11 @@ def require_shape(name: str, plan: Plan, rows: int, columns: int) -> None:
     """ValueError where the formats of a plan do not fit a matrix [rows, columns]."""
     for format in (plan.format, plan.input_format):
         if format is not None and format.block and columns % format.block:
+            advice = f"choose a group size that divides {columns}"
+            if is_ggml(format):  # its blocks have one size
+                advice = "choose a format of smaller groups, or a mix as q4_k_m, which has other types for such rows"
             raise ValueError(
-                f"{format.name} has groups of {format.block} columns, but a row of {name} has {columns}; "
-                f"choose a group size that divides {columns}"
+                f"{format.name} has groups of {format.block} columns, but a row of {name} has {columns}; {advice}"
             )
     if plan.format is None:
         return
