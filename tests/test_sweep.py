@@ -340,6 +340,23 @@ def test_rows_know_the_machine_they_were_measured_on(place):
     assert "* Machine of rtn4: Abacus, 10 cores, 1 thread.\n" in text and "* Machine of llama-0: " in text
 
 
+def test_an_edited_recipe_is_another_row_that_can_be_told_apart(place):
+    file = place.folder / "edited.toml"
+    for text in ('format = "int3_g32"\n', 'format = "int3_g32"\nrange = "mse"\n'):
+        file.write_text(text)
+        tree = sweep(place.settings, [read_recipe(file)], place.out)
+    digests = [row["digest"][:8] for row in tree["rows"] if row["name"] == "edited"]
+    assert len(set(digests)) == 2 and all(f"| edited ({d}) |" in markdown(tree) for d in digests)
+    assert f"| {tree['rows'][0]['name']} |" in markdown(tree), "the only one of its name"
+
+
+def test_the_layers_that_kept_a_term_are_counted(place):
+    tree = sweep(place.settings, [place.recipes["rtn4"]], place.out)
+    tree["rows"][1] |= {"recipe": 'correct = "qwt"'}
+    tree["rows"][1]["metrics"]["adapters"] = 0
+    assert "| rtn + qwt (0 layers) |" in markdown(tree)
+
+
 def test_why_llama_cpp_has_no_number(place):
     tree = sweep(place.settings, [place.recipes["rtn4"]], place.out)
     assert "llama.cpp itself" not in markdown(tree)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,17 @@ def _formats(row: Row) -> str:
 
 
 def _method(row: Row) -> str:
+    """With how many layers kept a term, where there is a correction: none may be left of it."""
     recipe = _recipe(row)
-    return " + ".join(part for part in (recipe.get("transform"), row.get("method"), recipe.get("correct")) if part)
+    layers = row["metrics"].get("adapters")
+    correct = recipe.get("correct") and recipe["correct"] + ("" if layers is None else f" ({layers} layers)")
+    return " + ".join(part for part in (recipe.get("transform"), row.get("method"), correct) if part)
+
+
+def _told_apart(rows: Sequence[Row]) -> list[Row]:
+    """Rows of recipes that had one name, since a file was changed between two calls, with their digests behind it."""
+    count = Counter(row["name"] for row in rows)
+    return [{**row, "name": f"{row['name']} ({row['digest'][:8]})"} if count[row["name"]] > 1 else row for row in rows]
 
 
 def _rate(row: Row) -> str:
@@ -88,7 +98,7 @@ def columns_of(rows: Sequence[Row]) -> list[str]:
 
 def notes(tree: dict[str, Any]) -> list[str]:
     """What the numbers say nothing without, a sentence each."""
-    rows, settings = tree["rows"], tree["settings"]
+    rows, settings = _told_apart(tree["rows"]), tree["settings"]
     known = [row["metrics"] for row in rows if row["error"] is None]
     found = []
     for name, protocol in (("llama_cpp", "llama.cpp"), ("gptq", "gptq")):
@@ -167,7 +177,7 @@ def _engines(rows: Sequence[Row]) -> list[str]:
 
 
 def print_sweep(tree: dict[str, Any]) -> None:
-    rows = tree["rows"]
+    rows = _told_apart(tree["rows"])
     screen = Console()
     screen = screen if screen.is_terminal else Console(width=200)
     names = columns_of(rows)
@@ -186,7 +196,7 @@ def print_sweep(tree: dict[str, Any]) -> None:
 
 
 def markdown(tree: dict[str, Any]) -> str:
-    rows = tree["rows"]
+    rows = _told_apart(tree["rows"])
     names = columns_of(rows)
 
     def line(cells: Sequence[str]) -> str:
