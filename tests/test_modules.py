@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from module_models import Chain, Residual, encoder, llama, torch_encoder
+from module_models import Block, Chain, Encoder, Residual, encoder, llama, torch_encoder
 from torch import nn
 
 from tritkit import quantize
@@ -285,3 +285,33 @@ def test_the_term_of_a_block_of_pictures_is_one_of_pixels():
     assert all(entry["kept"] for entry in report["adapters"].values())
     assert model.layers[0].adapter.weight.shape[:2] == (8, 8)
     assert model(torch.randn(1, 8, 12, 5)).shape == (1, 8, 12, 5)
+
+
+class Casting(Block):
+    def forward(self, x, mask=None):
+        y = torch.tanh(self.q(x)) * self.k(x)
+        return x + self.out(y.to(self.out.weight.dtype)), None
+
+
+def test_a_module_may_ask_for_the_dtype_of_weights():
+    """As the T5 of transformers does."""
+    model, x = Encoder().eval(), torch.randn(2, 12, 8)
+    model.layers = nn.ModuleList(Casting(32) for _ in range(2))
+    wanted = model(x)["hidden"]
+    quantize(model, "int8_g16", [x])
+    assert model.layers[0].out.weight.dtype == torch.float32 and model.layers[0].out.codes.dtype == torch.uint8
+    assert 0 < (model(x)["hidden"] - wanted).abs().max() < 0.05
+    kept = model.state_dict()
+    assert "layers.0.out.codes" in kept and "layers.0.out.weight" not in kept and len(copy.deepcopy(model)(x)) == 1
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize("recipe", [{"format": "int4_row"}, {"format": "int3_row", "method": "gptq", "correct": "qwt"}])
+def test_t5(recipe):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.T5Config(vocab_size=100, d_model=64, d_kv=16, d_ff=128, num_layers=3, num_heads=4)
+    model = transformers.T5EncoderModel(config).eval()
+    batches = [{"input_ids": torch.randint(0, 100, (4, 16))} for _ in range(3)]
+    found = quantize(model, read_recipe(None, recipe), batches)
+    assert len(found["per_linear"]) == 18 and torch.isfinite(model(**batches[0]).last_hidden_state).all()

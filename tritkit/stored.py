@@ -104,16 +104,22 @@ class StoredMatrix(nn.Module):
     """A matrix [o, i] in a layout of LAYOUTS; its arrays are buffers under their own names, so a state dict of them is
     what the file holds.
 
-    arrays: numpy, as ``Layout.pack`` returns them; they are copied, in their own dtypes.
+    arrays: numpy, as ``Layout.pack`` returns them; they are copied, in their own dtypes. dtype: that of the weights
+    whose place this takes in somebody's module, which may ask for it (transformers' T5 casts to ``wo.weight.dtype``):
+    ``weight`` then is an empty tensor of that dtype, and the buffer of codes is ``codes``.
     """
 
-    def __init__(self, layout: str, arrays: Mapping[str, np.ndarray], shape: tuple[int, int]):
+    def __init__(
+        self, layout: str, arrays: Mapping[str, np.ndarray], shape: tuple[int, int], dtype: torch.dtype | None = None
+    ):
         super().__init__()
         self.layout = LAYOUTS[layout]
         self.out_features, self.in_features = shape
-        self.names = tuple(arrays)
+        self.places = {name: "codes" if dtype is not None and name == "weight" else name for name in arrays}
         for name, array in arrays.items():
-            self.register_buffer(name, torch.from_numpy(np.array(array)))
+            self.register_buffer(self.places[name], torch.from_numpy(np.array(array)))
+        if dtype is not None:
+            self.register_buffer("weight", torch.empty(0, dtype=dtype), persistent=False)
         self.strip = max(STRIP // self.in_features, 1)
         if self.layout.rows(self.packed(), shape, slice(0, 1)) is None:
             self.strip = self.out_features  # rows that are woven into each other
@@ -124,7 +130,7 @@ class StoredMatrix(nn.Module):
 
     def packed(self, some: slice | np.ndarray | None = None) -> Packed:
         """The arrays, or what they hold of some rows, as views where the buffers are on the CPU."""
-        whole = Packed({name: getattr(self, name).numpy(force=True) for name in self.names})
+        whole = Packed({name: getattr(self, place).numpy(force=True) for name, place in self.places.items()})
         return whole if some is None else self.layout.rows(whole, self.shape, some) or whole
 
     def floats(self, some: slice | np.ndarray) -> Tensor:
@@ -134,7 +140,7 @@ class StoredMatrix(nn.Module):
             values = self.layout.dequantize(self.packed(), self.shape)[some]
         else:
             values = self.layout.dequantize(self.packed(some), (count, self.in_features))
-        return torch.from_numpy(values).to(getattr(self, self.names[0]).device)
+        return torch.from_numpy(values).to(getattr(self, next(iter(self.places.values()))).device)
 
     def strips(self) -> list[slice]:
         """Runs of rows that are floats together."""
@@ -175,8 +181,9 @@ class StoredLinear(StoredMatrix):
         shape: tuple[int, int],
         bias: Tensor | None = None,
         inputs: InputQuantizer | None = None,
+        dtype: torch.dtype | None = None,
     ):
-        super().__init__(layout, arrays, shape)
+        super().__init__(layout, arrays, shape, dtype)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.inputs = inputs
         if inputs is not None and inputs.outliers is not None:
@@ -188,10 +195,9 @@ class StoredLinear(StoredMatrix):
 
     def forward(self, x: Tensor | Codes) -> Tensor:
         values = x.x if isinstance(x, Codes) else x
-        if not values.is_floating_point():  # T5 of transformers casts to the dtype of ``weight``, which may be bytes
+        if not values.is_floating_point():
             raise ValueError(
-                f"a stored linear ({self.extra_repr()}) reads floats, not {str(values.dtype).removeprefix('torch.')}; "
-                "a module that casts to the dtype of its weights cannot call it"
+                f"a stored linear ({self.extra_repr()}) reads floats, not {str(values.dtype).removeprefix('torch.')}"
             )
         if self.inputs is None:
             y = self.product(values)

@@ -307,7 +307,8 @@ class _Modules:
         if isinstance(module, nn.Linear):
             bias = None if module.bias is None else module.bias.detach()
             shape = (module.out_features, module.in_features)
-            self._replace(name, StoredLinear(found.weight.format.layout, packed.arrays, shape, bias, found.inputs))
+            dtype, layout = module.weight.dtype, found.weight.format.layout
+            self._replace(name, StoredLinear(layout, packed.arrays, shape, bias, found.inputs, dtype))
             self.replaced[name] = module
             if all(parameter is not module.weight for parameter in self.model.parameters()):
                 module.weight.data = self.before.data_of(module.weight)  # which is in memory anyway
