@@ -8,6 +8,7 @@ from torch import nn
 from tritkit import quantize
 from tritkit.methods.modules import _Modules
 from tritkit.methods.recipe import LoadedRecipe, QwtOptions, Recipe, read_recipe
+from tritkit.stored import StoredLinear
 
 
 class Jumping(Encoder):
@@ -27,7 +28,7 @@ class Jumping(Encoder):
         (Encoder, "int4_g16", {"blocks": ["layers.7"]}, "Encoder has no block named 'layers.7'"),
         (Encoder, "q4_k_m", {}, "mix is for model folders"),
         (Encoder, "int4_g16", {"overwrite": True}, "overwrite is an option for model folders"),
-        (lambda: nn.Linear(8, 8), "int4_g8", {}, "Linear has no repeated blocks with weights"),
+        (lambda: nn.Linear(8, 8), "int4_g8", {}, "Linear has no repeated blocks that hold linears; name"),
         (lambda: Encoder().train(), "int4_g16", {}, "the module is in training"),
     ],
 )
@@ -211,3 +212,35 @@ def test_options_of_folders_and_modules_do_not_mix(tmp_path):
     for batches, kind in ((torch.randn(2, 8), "Tensor"), ({"x": torch.randn(2, 8)}, "dict"), ("wiki.txt", "str")):
         with pytest.raises(ValueError, match=f"batches is one {kind}; give a list of batches"):
             quantize(Encoder().eval(), "int4_g16", batches)
+
+
+def test_what_holds_no_linears_is_named():
+    model, x = Chain([nn.Sequential(nn.Conv1d(4, 4, 3, padding=1)) for _ in range(2)]).eval(), torch.randn(2, 4, 8)
+    for blocks in (None, "layers"):
+        with pytest.raises(ValueError, match=r"hold (no )?linears, their weights are in Conv1d"):
+            quantize(model, "int4_g16", [x], blocks=blocks)
+    model, batches = encoder()
+    quantize(model, "int4_g16", batches)
+    for blocks in (None, "layers"):
+        with pytest.raises(ValueError, match="linears, they are quantised already"):
+            quantize(model, "int4_g16", batches, blocks=blocks)
+
+
+class Towers(nn.Module):
+    """Two encoders of one class, side by side."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = Encoder(), Encoder()
+
+    def forward(self, x):
+        return self.left(x)["hidden"] * self.right(x)["hidden"]
+
+
+def test_two_towers_are_quantised_one_after_the_other():
+    model, x = Towers().eval(), torch.randn(2, 12, 8)
+    with pytest.raises(ValueError, match=r"right.layers.0 does not read .* not in sequence; name those of one part"):
+        quantize(model, "int4_g16", [x])
+    found = [quantize(model, "int4_g16", [x], blocks=f"{side}.layers") for side in ("left", "right")]
+    assert [len(report["per_linear"]) for report in found] == [9, 9]
+    assert all(isinstance(m, StoredLinear) for layer in model.right.layers for m in (layer.q, layer.k, layer.out))

@@ -315,3 +315,65 @@ def test_t5(recipe):
     batches = [{"input_ids": torch.randint(0, 100, (4, 16))} for _ in range(3)]
     found = quantize(model, read_recipe(None, recipe), batches)
     assert len(found["per_linear"]) == 18 and torch.isfinite(model(**batches[0]).last_hidden_state).all()
+
+
+class Experts(Block):
+    """Two linears as one tensor, and a convolution in groups."""
+
+    def __init__(self, features):
+        super().__init__(features)
+        self.experts = nn.Parameter(torch.randn(2, features, features) / features**0.5)
+        self.mix = nn.Conv1d(features, features, 3, padding=1, groups=features)
+
+    def forward(self, x, mask=None):
+        y = x + self.mix(x.transpose(1, 2)).transpose(1, 2) + torch.tanh(x @ self.experts[0]) @ self.experts[1]
+        return super().forward(y, mask)
+
+
+def test_weights_that_stay_floats_are_reported(capfd):
+    model, x = Encoder().eval(), torch.randn(2, 12, 8)
+    assert (
+        quantize(model, "int4_g16", [x])["floats"] == {"enter.weight": 256} and "warning" not in capfd.readouterr().err
+    )
+    model = Encoder().eval()
+    model.layers = nn.ModuleList(Experts(32) for _ in range(2))
+    found = quantize(model, Recipe(format="int4_g16", correct="qwt", qwt=QwtOptions(check=False)), [x, x])
+    inside = {f"layers.{i}.{n}": k for i in range(2) for n, k in (("experts", 2048), ("mix.weight", 96))}
+    assert found["floats"] == {"enter.weight": 256, **inside} and any(a["kept"] for a in found["adapters"].values())
+    assert "warning: 43% of the weights stay floats, most of them in layers.0.experts;" in capfd.readouterr().err
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize("recipe", [{"format": "int4_row"}, {"format": "int3_row", "method": "gptq", "correct": "qwt"}])
+def test_gpt2_whose_linears_are_transposed(recipe):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=100, n_embd=64, n_layer=3, n_head=4, n_positions=64)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    batches = [torch.randint(0, 100, (4, 16)) for _ in range(4)]
+    weight = model.transformer.h[1].mlp.c_fc.weight.detach().clone()
+    with torch.no_grad():
+        wanted = model(batches[0]).logits
+    found = quantize(model, read_recipe(None, recipe), batches)
+    stored = model.transformer.h[1].mlp.c_fc
+    assert len(found["per_linear"]) == 12 and stored.shape == (256, 64) and "lm_head.weight" not in found["floats"]
+    if recipe["format"] == "int4_row":
+        format = format_of("int4_row")
+        assert torch.equal(stored.floats(slice(None)), format.quantize(weight.t()).dequantize())
+    with torch.no_grad():
+        assert 0 < (model(batches[0]).logits - wanted).abs().max() < 1
+    with pytest.raises(ValueError, match="quantised already"):
+        quantize(model, "int4_row", batches)
+
+
+@pytest.mark.interop
+def test_a_failed_run_gives_the_transposed_linears_back():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=100, n_embd=64, n_layer=2, n_head=4, n_positions=64)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    before = {name: (id(m), type(m)) for name, m in model.named_modules()}
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match="gptq needs calibration data"):
+        quantize(model, read_recipe(None, {"format": "int4_row", "method": "gptq"}))
+    assert {name: (id(m), type(m)) for name, m in model.named_modules()} == before
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())

@@ -19,6 +19,10 @@ def console() -> Console:
     return Console(file=sys.stderr, highlight=False)
 
 
+def warn(sentence: str) -> None:
+    console().print(f"warning: {sentence}", style="yellow", soft_wrap=True)
+
+
 @contextmanager
 def progress(title: str, total: float, unit: str = "", done: float = 0.0, every: float = 30.0) -> Iterator[Advance]:
     """Yields advance(amount, note=""); shows done, rate and time left. ``done``: what an earlier run did already."""

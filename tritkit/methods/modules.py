@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..progress import progress
+from ..progress import progress, warn
 from ..stored import StoredLinear
 from . import rtn
 from .batches import held_out, run, split
@@ -23,10 +23,11 @@ from .finetune import finetune
 from .planning import require_shape
 from .recipe import LoadedRecipe, Recipe, as_recipe, plans_of
 from .steps import run_block
-from .undo import Snapshot, without_shortcuts
-from .watch import Arguments, Watch, blocks_of, state_of, uncalled, with_state
+from .undo import Snapshot, with_linears, without_shortcuts
+from .watch import Arguments, Watch, blocks_of, require_linears, state_of, uncalled, with_state
 
 ADAPTER = "adapter"  # of a block: the term that compensates it
+NOTABLE = 0.05  # share of the weights
 Distance = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -50,10 +51,12 @@ def quantize(
     for outputs with ``logits``, else the relative squared error).
 
     The report has "per_linear" (records by name), "left" (names of linears that stay floats because the model reads
-    their weights without calling them, as nn.MultiheadAttention does), "adapters" (QwT's terms by block),
-    "bits_per_weight", "bytes", "seconds". Linears then run in their own bits and return the dtype they read;
-    convolutions keep float weights on the grid. ValueError as for folders, and for blocks that do not follow each
-    other; the module then is what it was, for which its float weights stay in memory until the end.
+    their weights without calling them, as nn.MultiheadAttention does), "floats" (how many weights each tensor has that
+    stays floats, embeddings aside: outside of the blocks, or no Linear and no Conv2d without groups, as experts in one
+    tensor), "adapters" (QwT's terms by block), "bits_per_weight", "bytes", "seconds". Linears then run in their own
+    bits and return the dtype they read; convolutions keep float weights on the grid. ValueError as for folders, and for
+    blocks that do not follow each other; the module then is what it was, for which its float weights stay in memory
+    until the end.
     """
     loaded = as_recipe(recipe)
     if not isinstance(model, nn.Module):
@@ -70,7 +73,13 @@ def quantize(
         raise ValueError(f"{unknown} is an option for model folders, but this is a {type(model).__name__}")
     if isinstance(batches, str | Path | Tensor | Mapping):
         raise ValueError(f"batches is one {type(batches).__name__}; give a list of batches")
-    return _Modules(model, loaded, () if batches is None else batches, blocks, distance).run()
+    before = Snapshot(model)
+    try:
+        with_linears(model)
+        return _Modules(model, loaded, () if batches is None else batches, blocks, distance).run()
+    except BaseException:
+        before.restore()
+        raise
 
 
 class _Modules:
@@ -97,6 +106,7 @@ class _Modules:
             raise ValueError(f"the module is on {elsewhere}, but quantising works on the CPU; move it there first")
         self.model, self.loaded, self.recipe = model, loaded, recipe
         self.blocks = blocks_of(model, blocks)
+        require_linears(self.blocks)
         single = next((name for name, block in self.blocks.items() if is_matrix(block)), None)
         if single is not None:
             raise ValueError(
@@ -162,9 +172,12 @@ class _Modules:
         kept = [self.blocks[name].get_submodule(ADAPTER) for name, entry in adapters.items() if entry["kept"]]
         tuned = self._finetune(kept, wanted) if self.recipe.qwt.finetune and kept and held else None
         added = sum(a.get("bytes", 0) for a in adapters.values())
+        floats = self._floats(records)
+        self._warn_of({name: n for name, n in floats.items() if name.rpartition(".")[0] not in self.plans}, weights)
         return {
             "per_linear": records,
             "left": left,
+            "floats": floats,
             "adapters": adapters,
             "finetune": tuned,
             "bytes": size + added,
@@ -243,6 +256,20 @@ class _Modules:
         output = run(self.model, self.batches[number])
         measure = self.distance or (_divergence if hasattr(output, "logits") else _squared_error)
         return measure(wanted, _result(output))
+
+    def _floats(self, done: Mapping[str, Any]) -> dict[str, int]:
+        """Of the tensors that are still floats, and neither embeddings nor terms, how many weights each has."""
+        aside = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
+        aside |= {id(p) for block in self.blocks.values() for p in getattr(block, ADAPTER, nn.Identity()).parameters()}
+        found = {name: p for name, p in self.model.named_parameters() if p.dim() > 1 and id(p) not in aside}
+        return {name: p.numel() for name, p in found.items() if name.rpartition(".")[0] not in done}
+
+    def _warn_of(self, floats: Mapping[str, int], quantised: int) -> None:
+        """Where nobody asked for it, and it is much."""
+        share = sum(floats.values()) / max(sum(floats.values()) + quantised, 1)
+        if share > NOTABLE:
+            largest = max(floats, key=lambda name: floats[name])
+            warn(f'{share:.0%} of the weights stay floats, most of them in {largest}; the report has all in "floats"')
 
     def _finetune(self, adapters: list[nn.Module], wanted: list[Tensor]) -> dict[str, Any]:
         """Train the terms towards the outputs of the float model."""

@@ -25,7 +25,7 @@ from ..folderfacts import describe
 from ..folderwriter import copy_companions, write_folder
 from ..models.shapes import EMBEDDING, HEAD, matrix_names, matrix_shape
 from ..newfolder import beside, require_finite, require_new
-from ..progress import console
+from ..progress import console, warn
 from ..sources import open_model
 from ..tensorfile import StoredTensor
 from .calibration import Calibration, read_calibration
@@ -103,7 +103,7 @@ def quantize_folder(
             loaded = loaded.over(_rules(model, loaded, data, partial, weights))
         plans = all_plans(model, loaded, data is not None or imatrix is not None)
         for warning in warnings_of(model, plans):
-            _warn(warning)
+            warn(warning)
         if data is not None and imatrix is None and weighs_inputs(loaded, plans):
             console().print("the search is weighed by the inputs on the calibration text", style="dim")
         quantizer = Layerwise(model, loaded, plans, data, partial, weights)
@@ -111,7 +111,7 @@ def quantize_folder(
         damped = [name for name, record in quantizer.records.items() if "note" in record]
         if damped:
             of = damped[0] if len(damped) == 1 else f"{len(damped)} linears ({damped[0]} ...)"
-            _warn(f"the second moments of inputs of {of} were singular; they were damped more than the recipe says")
+            warn(f"the second moments of inputs of {of} were singular; they were damped more than the recipe says")
         tuned = quantizer.finetune() if loaded.recipe.correct and loaded.recipe.qwt.finetune else None
         options: dict[str, Any] = {} if imatrix is None else {"imatrix": str(imatrix)}
         if data is not None:
@@ -151,10 +151,6 @@ def _texts(given: Sequence[str | Path] | str | Path | None, needs: str | None, i
 
 def _same_bytes(a: Path, b: Path) -> bool:
     return a.is_file() and b.is_file() and a.read_bytes() == b.read_bytes()
-
-
-def _warn(sentence: str) -> None:
-    console().print(f"warning: {sentence}", style="yellow", soft_wrap=True)
 
 
 def _rules(

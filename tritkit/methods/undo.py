@@ -1,7 +1,9 @@
-"""What a module was before it was quantised, for a run that fails, and the shortcuts of torch that it cannot take."""
+"""What a module was before it was quantised, for a run that fails; the shortcuts of torch that it cannot take, and the
+linears of transformers that are none of torch's."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 # What torch keeps of a module: parameters, buffers, children, hooks.
@@ -50,3 +52,33 @@ def without_shortcuts(model: nn.Module) -> None:
         for kind, (name, value) in SHORTCUTS.items():
             if isinstance(module, kind):
                 setattr(module, name, value)
+
+
+def with_linears(model: nn.Module) -> None:
+    """From now on the ``Conv1D`` of transformers, which is a linear that keeps its weights as [in, out] (GPT-2), is one
+    of torch's, on the same weights."""
+    made: dict[int, nn.Linear] = {}  # one that has several names stays one
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):  # named_children() tells one of several names
+            if child is not None and is_conv1d(child):
+                if id(child) not in made:
+                    made[id(child)] = _linear_of(child)
+                setattr(parent, name, made[id(child)])
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """By its name and its parts: transformers need not be installed."""
+    weight = getattr(module, "weight", None)
+    return (
+        type(module).__name__ == "Conv1D" and hasattr(module, "nf") and isinstance(weight, Tensor) and weight.dim() == 2
+    )
+
+
+def _linear_of(module: nn.Module) -> nn.Linear:
+    weight, bias = module.weight, module.bias
+    assert isinstance(weight, nn.Parameter) and isinstance(bias, nn.Parameter)
+    with torch.device("meta"):
+        linear = nn.Linear(*weight.shape)
+    linear.weight = nn.Parameter(weight.data.t(), requires_grad=weight.requires_grad)
+    linear.bias = bias
+    return linear.train(module.training)

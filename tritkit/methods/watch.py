@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..stored import StoredLinear
 from .blocks import is_matrix, parameter_of
 
 # What a block is called with beside its input, and the dtype of that.
 Arguments = tuple[tuple, dict[str, Any], torch.dtype]
 
+LISTS = (nn.ModuleList, nn.Sequential)
 CACHES = ("past_key_value", "past_key_values", "layer_past", "cache_params")  # transformers' names for them
 
 
 def blocks_of(model: nn.Module, named: str | Sequence[str] | None = None) -> dict[str, nn.Module]:
     """The blocks by name, in their order. Unnamed: of the classes with at least two instances that are no matrices
-    themselves, the one whose instances hold the most weights; of equals the outermost."""
+    themselves, the one whose instances hold the most weights; of equals the outermost. A class whose instances stand in
+    lists goes before one whose do not, unless it holds less than half as much: two towers are no blocks, nor are the
+    attentions of an encoder and its decoder."""
     modules = dict(model.named_modules())
     if isinstance(named, str):
-        if named not in modules or not isinstance(modules[named], nn.ModuleList | nn.Sequential):
+        if named not in modules or not isinstance(modules[named], LISTS):
             raise ValueError(f"{type(model).__name__} has no list of blocks named {named!r}")
         return {f"{named}.{child}": block for child, block in modules[named].named_children()}
     if named is not None:
@@ -33,16 +37,40 @@ def blocks_of(model: nn.Module, named: str | Sequence[str] | None = None) -> dic
     best: dict[str, nn.Module] = {}
     most = 0
     for kind in dict.fromkeys(type(m) for m in modules.values()):
-        if kind in (nn.ModuleList, nn.Sequential, nn.ModuleDict):
+        if kind in (*LISTS, nn.ModuleDict):
             continue
         group = {n: m for n, m in modules.items() if type(m) is kind and not is_matrix(m)}
         weights = sum(parameter_of(m).numel() for g in group.values() for m in g.modules() if is_matrix(m))
         nested = any(a != b and b.startswith(f"{a}.") for a in group for b in group)
+        listed = all(isinstance(modules[n.rpartition(".")[0]], LISTS) for n in group if n)
+        weights *= 2 if listed else 1
         if len(group) > 1 and not nested and weights > most:
             best, most = group, weights
     if not best:
-        raise ValueError(f"{type(model).__name__} has no repeated blocks with weights; name them with blocks=")
+        raise ValueError(f"{type(model).__name__} has no repeated blocks that hold linears{_holders(model.modules())}; "
+                         "name them with blocks=")  # fmt: skip
     return best
+
+
+def require_linears(blocks: Mapping[str, nn.Module]) -> None:
+    """ValueError where there is nothing in the blocks that can be quantised."""
+    modules = [m for block in blocks.values() for m in block.modules()]
+    if not any(map(is_matrix, modules)):
+        raise ValueError(f"the blocks {_some(blocks)} hold no linears{_holders(modules)}")
+
+
+def _some(blocks: Iterable[str]) -> str:
+    names = list(blocks)
+    return ", ".join(names[:3]) + " ..." * (len(names) > 3)
+
+
+def _holders(modules: Iterable[nn.Module]) -> str:
+    """In modules of which classes the weights are instead."""
+    found = [m for m in modules if isinstance(m, StoredLinear) or any(p.dim() > 1 for p in m.parameters(False))]
+    if any(isinstance(m, StoredLinear) for m in found):
+        return ", they are quantised already"
+    kinds = dict.fromkeys(type(m).__name__ for m in found if not is_matrix(m) and not isinstance(m, nn.Embedding))
+    return f", their weights are in {', '.join(kinds)}" if kinds else ""
 
 
 def uncalled(model: nn.Module) -> set[str]:
@@ -71,7 +99,8 @@ class Watch:
 
     def _enter(self, name: str, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if not args:
-            raise ValueError(f"{name} is called by keywords alone; its input has to be the first argument")
+            raise ValueError(f"{name} is called by keywords alone, but a block reads its input as the first argument; "
+                             "name the blocks with blocks=")  # fmt: skip
         if not args[0].numel():
             raise ValueError(f"{name} reads an input of shape {tuple(args[0].shape)}: a batch is empty")
         if not torch.isfinite(args[0]).all():
@@ -80,7 +109,10 @@ class Watch:
             raise ValueError(f"{name} is called twice, so the blocks are not in sequence")
         follows = self.before is None or (self.before.shape == args[0].shape and torch.equal(self.before, args[0]))
         if not follows:
-            raise ValueError(f"{name} does not read what the block before it makes: these blocks are not in sequence")
+            raise ValueError(
+                f"{name} does not read what the block before it makes: these blocks are not in sequence; "
+                "name those of one part of the model with blocks=, and call this for each part"
+            )
         if not self.inputs:
             self.inputs[name] = args[0].detach()
             if any(is_cache(v) and v.get_seq_length() for v in (*args[1:], *kwargs.values())):
@@ -107,9 +139,8 @@ class Watch:
             missing = next((name for name in self.blocks if name not in self.calls), None)
             here, there = next((a, b) for a, b in zip(self.blocks, [*called, ""], strict=False) if a != b)
             what = f"{missing} is not called" if missing else f"{there} runs where {here} is named"
-            names = ", ".join(self.blocks[:3]) + " ..." * (len(self.blocks) > 3)
-            raise ValueError(f"the blocks are {names}, but {what}; name them with blocks= in the order in which they "
-                             "run")  # fmt: skip
+            order = "name them with blocks= in the order in which they run"
+            raise ValueError(f"the blocks are {_some(self.blocks)}, but {what}; {order}")
 
 
 def _unchanged(x: Tensor) -> Callable[[], bool]:
