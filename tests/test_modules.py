@@ -340,7 +340,7 @@ def test_weights_that_stay_floats_are_reported(capfd):
     found = quantize(model, Recipe(format="int4_g16", correct="qwt", qwt=QwtOptions(check=False)), [x, x])
     inside = {f"layers.{i}.{n}": k for i in range(2) for n, k in (("experts", 2048), ("mix.weight", 96))}
     assert found["floats"] == {"enter.weight": 256, **inside} and any(a["kept"] for a in found["adapters"].values())
-    assert "warning: 43% of the weights stay floats, most of them in layers.0.experts;" in capfd.readouterr().err
+    assert "warning: 43% of the weights stay floats, the largest of them layers.0.experts;" in capfd.readouterr().err
 
 
 @pytest.mark.interop
@@ -377,3 +377,29 @@ def test_a_failed_run_gives_the_transposed_linears_back():
         quantize(model, read_recipe(None, {"format": "int4_row", "method": "gptq"}))
     assert {name: (id(m), type(m)) for name, m in model.named_modules()} == before
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+
+
+class Merge(nn.Module):
+    """Makes one token of two, as Swin does between its stages."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.reduce = nn.Linear(2 * features, features)
+
+    def forward(self, x):
+        return torch.tanh(self.reduce(x.unflatten(1, (-1, 2)).flatten(2)))
+
+
+def test_a_block_that_merges_tokens_gets_no_term():
+    torch.manual_seed(0)
+    model = Chain([nn.Sequential(nn.Linear(16, 16), nn.Tanh()), Merge(16), nn.Sequential(nn.Linear(16, 16))]).eval()
+    batches = [torch.randn(8, 12, 16) for _ in range(4)]
+    recipe = Recipe(format="int2_g16", correct="qwt", qwt=QwtOptions(check=False))
+    found = quantize(model, LoadedRecipe(recipe), batches, blocks="layers")["adapters"]
+    assert {name: entry["kept"] for name, entry in found.items()} == {
+        "layers.0": True,
+        "layers.1": False,
+        "layers.2": True,
+    }
+    assert found["layers.1"]["note"] == "no term: the block makes (8, 6) rows of (8, 12)"
+    assert not hasattr(model.layers[1], "adapter") and model(batches[0]).shape == (8, 6, 16)

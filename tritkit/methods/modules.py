@@ -269,7 +269,9 @@ class _Modules:
         share = sum(floats.values()) / max(sum(floats.values()) + quantised, 1)
         if share > NOTABLE:
             largest = max(floats, key=lambda name: floats[name])
-            warn(f'{share:.0%} of the weights stay floats, most of them in {largest}; the report has all in "floats"')
+            warn(
+                f'{share:.0%} of the weights stay floats, the largest of them {largest}; the report has all in "floats"'
+            )
 
     def _finetune(self, adapters: list[nn.Module], wanted: list[Tensor]) -> dict[str, Any]:
         """Train the terms towards the outputs of the float model."""

@@ -61,7 +61,12 @@ def run_block(
     missing_held = [(x, w - y) for x, w, y in zip(held, wanted_held, step.held, strict=True)]
     options = job.recipe.qwt
     term: Any
-    if job.inputs[0].dim() == 4 and any(isinstance(m, nn.Conv2d) for m in job.block.modules()):
+    pictures = job.inputs[0].dim() == 4 and any(isinstance(m, nn.Conv2d) for m in job.block.modules())
+    rows, made = tuple(job.inputs[0].shape[:-1]), tuple(step.outputs[0].shape[:-1])
+    if not pictures and rows != made:  # it merges tokens, so that none of its outputs has an input of its own
+        step.report = {"kept": False, "note": f"no term: the block makes {made} rows of {rows}"}
+        return step
+    if pictures:
         term, explained = compensation_conv.solve(missing, options.ridge), compensation_conv.explained
     else:
         term, explained = qwt.solve(missing, options.ridge), qwt.explained
