@@ -403,3 +403,52 @@ def test_a_block_that_merges_tokens_gets_no_term():
     }
     assert found["layers.1"]["note"] == "no term: the block makes (8, 6) rows of (8, 12)"
     assert not hasattr(model.layers[1], "adapter") and model(batches[0]).shape == (8, 6, 16)
+
+
+class Padded(Encoder):
+    """Its blocks look at each token alone, so what stands in padding changes nothing for the others."""
+
+    def forward(self, x, attention_mask=None, src_key_padding_mask=None):
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("name", ["attention_mask", "src_key_padding_mask"])
+@pytest.mark.parametrize("single", [False, True])
+def test_padding_does_not_count(name, single):
+    options = {"format": "int3_g16", "method": "gptq", "correct": "qwt", "inputs": "int8_tensor", "qwt.finetune": "1"}
+    torch.manual_seed(0)
+    model, other, texts = Padded().eval(), Padded().eval(), [torch.randn(4, 6, 8) for _ in range(1 if single else 4)]
+    other.load_state_dict(model.state_dict())
+    mask = torch.cat([torch.ones(4, 6), torch.zeros(4, 6)], 1)
+    mask = mask.long() if name == "attention_mask" else mask == 0
+    padded = [{"x": torch.cat([x, 50 * torch.randn(4, 6, 8)], 1), name: mask} for x in texts]
+    found = quantize(model, read_recipe(None, options), padded)
+    wanted = quantize(other, read_recipe(None, options), [{"x": x} for x in texts])
+    for linear in wanted["per_linear"]:
+        stored, same = model.get_submodule(linear), other.get_submodule(linear)
+        assert (stored.floats(slice(None)) == same.floats(slice(None))).float().mean() > 0.99
+        assert stored.inputs.scale == pytest.approx(float(same.inputs.scale), rel=1e-3)
+    for key in ("r2", "r2_held_out", "divergence_before", "divergence_after"):
+        reports = zip(found["adapters"].values(), wanted["adapters"].values(), strict=True)
+        assert all(a.get(key) == pytest.approx(b.get(key), rel=0.05, abs=1e-5) for a, b in reports)
+    assert any(entry["kept"] for entry in wanted["adapters"].values())
+
+
+@pytest.mark.interop
+def test_padding_of_bert_does_not_count():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=100, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128
+    )
+    torch.manual_seed(0)
+    model, other = transformers.BertModel(config).eval(), transformers.BertModel(config).eval()
+    other.load_state_dict(model.state_dict())
+    texts = [torch.randint(0, 100, (8, 16)) for _ in range(3)]
+    mask = torch.cat([torch.ones(8, 16), torch.zeros(8, 48)], 1).long()
+    padded = [{"input_ids": nn.functional.pad(ids, (0, 48)), "attention_mask": mask} for ids in texts]
+    recipe = read_recipe(None, {"format": "int3_row", "method": "gptq"})
+    found, wanted = quantize(model, recipe, padded), quantize(other, recipe, texts)
+    for name, record in wanted["per_linear"].items():
+        assert found["per_linear"][name]["calibration_tokens"] == record["calibration_tokens"] == 3 * 8 * 16
+        same = model.get_submodule(name).floats(slice(None)) == other.get_submodule(name).floats(slice(None))
+        assert same.float().mean() > 0.99

@@ -7,6 +7,32 @@ from typing import Any
 
 from torch import Tensor, nn
 
+# What tells real tokens from padding, [b, t], by the names that transformers and torch have for it; whether it is true
+# of real ones.
+MASKS = {"attention_mask": True, "src_key_padding_mask": False}
+
+
+def real_tokens(batch: Any) -> Tensor | None:
+    """Which tokens of a batch of keywords are no padding, bool [b, t]; none where all are, or nothing tells. A model
+    with a decoder of its own reads two texts, and nothing tells which of them a block has."""
+    if not isinstance(batch, Mapping) or any(str(name).startswith("decoder_") for name in batch):
+        return None
+    for name, is_true in MASKS.items():
+        mask = batch.get(name)
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            real = mask.bool() if is_true else ~mask.bool()
+            return None if real.all() else real
+    return None
+
+
+def without_padding(x: Tensor, real: Tensor | None) -> Tensor:
+    """The rows of real tokens, [n, ...], of x [b, t, ...] or [b * t, ...]; x itself where it has no row for each."""
+    if real is None:
+        return x
+    if x.dim() > 2 and x.shape[:2] == real.shape:
+        return x[real]
+    return x[real.flatten()] if x.dim() == 2 and len(x) == real.numel() else x
+
 
 def run(model: nn.Module, batch: Any) -> Any:
     """The model's output for a batch, given as one argument, as arguments, or as keywords."""

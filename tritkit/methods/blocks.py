@@ -20,6 +20,7 @@ from ..formats import QTensor
 from ..formats.integer import Integer
 from ..stored import InputQuantizer
 from . import METHODS, NEED_INPUTS
+from .batches import without_padding
 from .ranges import RangeObserver
 from .recipe import Plan, Recipe
 from .record import record_of
@@ -44,7 +45,8 @@ class BlockJob:
     """linears: those of the block by their full names; plans: what becomes of each; inputs: chunks of what the block
     reads, none where there is no calibration data; importance: of the columns of linears, from a file; walk: the
     block's pass in stages, which spares it being computed anew for each; before: takes what the float block returns,
-    where ``collects_at_once``; layout_of: where codes will be kept (none: in the layout of their format)."""
+    where ``collects_at_once``; layout_of: where codes will be kept (none: in the layout of their format); real: which
+    tokens of a chunk are no padding, bool [b, t] (none: all), of the held-out chunks behind those of ``inputs`` too."""
 
     block: nn.Module
     linears: dict[str, nn.Module]
@@ -57,6 +59,7 @@ class BlockJob:
     walk: Callable[[nn.Module, int, Tensor], Walk] | None = None
     before: list[Tensor] | None = None
     layout_of: Callable[[Plan], str] | None = None
+    real: Sequence[Tensor | None] = ()
     done: dict[str, Quantised] = field(default_factory=dict)
 
 
@@ -220,9 +223,12 @@ def collect(
     found: dict[str, InputStats] = {}
     handles = []
 
+    real: Tensor | None = None  # of the chunk that runs
+
     def hook_of(stats: InputStats, last: bool):
         def hook(module: nn.Module, args: tuple) -> None:
-            stats.update(input_rows(module, args[0]), args[0][:, 0] if sinks else None)
+            x = args[0] if isinstance(module, nn.Conv2d) else without_padding(args[0], real)
+            stats.update(input_rows(module, x), args[0][:, 0] if sinks else None)
             if last:
                 raise _Seen
 
@@ -236,6 +242,7 @@ def collect(
         handles.append(module.register_forward_pre_hook(hook_of(stats, alone)))
     try:
         for i, x in enumerate(job.inputs):
+            real = job.real[i] if job.real else None
             try:
                 y = job.call(job.block, i, x)
             except _Seen:

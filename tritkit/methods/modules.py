@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..progress import progress, warn
 from ..stored import StoredLinear
 from . import rtn
-from .batches import held_out, run, split
+from .batches import held_out, real_tokens, run, split, without_padding
 from .blocks import BlockJob, Quantised, is_matrix, parameter_of
 from .finetune import finetune
 from .planning import require_shape
@@ -45,7 +45,8 @@ def quantize(
 
     model: a module in evaluation, or a folder, for which see ``quantize_folder`` (batches are the names of its
     calibration texts and options its options). recipe: one in Python, a file, or a name. batches: calibration inputs;
-    a tensor, a tuple or a dict each, given to the model as one, as arguments or as keywords. blocks: the name of the
+    a tensor, a tuple or a dict each, given to the model as one, as arguments or as keywords; padding does not count
+    where a dict tells it by ``attention_mask`` or ``src_key_padding_mask`` [b, t]. blocks: the name of the
     ModuleList of the blocks, or the names of all blocks (none: the class of modules that holds most of the weights).
     distance: of two outputs of the model (wanted, found), which decides over QwT's terms on the last batches (none: KL
     for outputs with ``logits``, else the relative squared error).
@@ -126,6 +127,7 @@ class _Modules:
             if len(self.batches) == 1:
                 self.batches = list(split(self.batches[0], recipe.qwt.held_out))
             self.fitted = len(self.batches) - held_out(len(self.batches), recipe.qwt.held_out)
+        self.real = [real_tokens(batch) for batch in self.batches]
         self.distance = distance
         self.calls: list[dict[str, Arguments]] = []  # of each batch: what a block is called with
         self.called: set[str] = set()
@@ -154,7 +156,8 @@ class _Modules:
         waiting: dict[str, Quantised] = {}  # linears of which a later block may have another name
         with progress(f"quantize {type(self.model).__name__}", len(self.blocks), "blocks") as advance:
             for name, block in self.blocks.items():
-                job = BlockJob(block, self.linears[name], self.plans, self.recipe, self._call_of(name), inputs)
+                call, linears = self._call_of(name), self.linears[name]
+                job = BlockJob(block, linears, self.plans, self.recipe, call, inputs, real=self.real)
                 step = run_block(job, held, self._judge_of(block, wanted) if held else None)
                 records |= {n: q.record for n, q in job.done.items()}
                 if step.report is not None:
@@ -254,8 +257,11 @@ class _Modules:
     def _measure(self, number: int, wanted: Tensor) -> Tensor:
         """The distance of the model's output for a batch, as the model is now."""
         output = run(self.model, self.batches[number])
-        measure = self.distance or (_divergence if hasattr(output, "logits") else _squared_error)
-        return measure(wanted, _result(output))
+        found = _result(output)
+        if self.distance is not None:
+            return self.distance(wanted, found)
+        measure = _divergence if hasattr(output, "logits") else _squared_error
+        return measure(*(without_padding(x, self.real[number]) for x in (wanted, found)))
 
     def _floats(self, done: Mapping[str, Any]) -> dict[str, int]:
         """Of the tensors that are still floats, and neither embeddings nor terms, how many weights each has."""

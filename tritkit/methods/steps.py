@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import compensation_conv, qwt
+from .batches import without_padding
 from .blocks import BlockJob, collects_at_once, outputs, quantize_block
 from .compensation_conv import ConvCompensation
 from .qwt import Compensation
@@ -57,8 +58,9 @@ def run_block(
     step = Step(found or outputs(job), held_outputs())
     if not corrects:
         return step
-    missing = [(x, w - y) for x, w, y in zip(job.inputs, wanted, step.outputs, strict=True)]
-    missing_held = [(x, w - y) for x, w, y in zip(held, wanted_held, step.held, strict=True)]
+    real = job.real or [None] * (first + len(held))
+    missing = _missing(job.inputs, wanted, step.outputs, real[:first])
+    missing_held = _missing(held, wanted_held, step.held, real[first:])
     options = job.recipe.qwt
     term: Any
     pictures = job.inputs[0].dim() == 4 and any(isinstance(m, nn.Conv2d) for m in job.block.modules())
@@ -83,3 +85,11 @@ def run_block(
         step.held = compensated
         step.outputs = [y + term(x) for x, y in zip(job.inputs, step.outputs, strict=True)]
     return step
+
+
+def _missing(
+    inputs: Sequence[Tensor], wanted: Sequence[Tensor], found: Sequence[Tensor], real: Sequence[Tensor | None]
+) -> list[qwt.Pair]:
+    """What the block reads of real tokens, and what its outputs for them lack."""
+    each = zip(inputs, wanted, found, real, strict=True)
+    return [(without_padding(x, some), without_padding(w - y, some)) for x, w, y, some in each]
