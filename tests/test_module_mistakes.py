@@ -6,8 +6,8 @@ from module_models import Chain, Encoder, Residual, encoder, llama, torch_encode
 from torch import nn
 
 from tritkit import quantize
-from tritkit.methods.modules import _Modules
 from tritkit.methods.recipe import LoadedRecipe, QwtOptions, Recipe, read_recipe
+from tritkit.methods.swap import Swap
 from tritkit.stored import StoredLinear
 
 
@@ -124,7 +124,7 @@ def test_a_module_is_what_it_was_after_an_error(failure, monkeypatch):
     if failure == "weights":
         model.layers[2].linear2.weight.data[3, 4] = float("nan")
     if failure == "store":
-        made, replace = [], _Modules._replace
+        made, replace = [], Swap._replace
 
         def store(*args):
             made.append(0)
@@ -132,7 +132,7 @@ def test_a_module_is_what_it_was_after_an_error(failure, monkeypatch):
                 raise ZeroDivisionError("late")
             replace(*args)
 
-        monkeypatch.setattr(_Modules, "_replace", store)
+        monkeypatch.setattr(Swap, "_replace", store)
     distance = fails_late({"judge": 4, "finetune": 8}.get(failure, 0))
     parts, state = parts_of(model), {k: v.clone() for k, v in model.state_dict().items()}
     with torch.no_grad():

@@ -15,14 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from ..progress import progress, warn
-from ..stored import StoredLinear
-from . import rtn
 from .batches import held_out, real_tokens, run, split, without_padding
 from .blocks import BlockJob, Quantised, is_matrix, parameter_of
 from .finetune import finetune
 from .planning import require_shape
 from .recipe import LoadedRecipe, Recipe, as_recipe, plans_of
 from .steps import run_block
+from .swap import Swap
 from .undo import Snapshot, with_linears, without_shortcuts
 from .watch import Arguments, Watch, blocks_of, require_linears, state_of, uncalled, with_state
 
@@ -132,18 +131,11 @@ class _Modules:
         self.calls: list[dict[str, Arguments]] = []  # of each batch: what a block is called with
         self.called: set[str] = set()
 
+    @torch.no_grad()
     def run(self) -> dict[str, Any]:
-        self.before = before = Snapshot(self.model)
-        self.replaced: dict[str, nn.Linear] = {}
-        try:
-            without_shortcuts(self.model)
-            with torch.no_grad():
-                return self._run()
-        except BaseException:
-            before.restore()
-            raise
-
-    def _run(self) -> dict[str, Any]:
+        """May end in the middle: the caller puts the module back."""
+        without_shortcuts(self.model)
+        swap = Swap(self.model)
         began = time.perf_counter()
         first = next(iter(self.blocks))
         states, wanted = self._capture(first)
@@ -155,7 +147,7 @@ class _Modules:
         weights = size = 0
         waiting: dict[str, Quantised] = {}  # linears of which a later block may have another name
         with progress(f"quantize {type(self.model).__name__}", len(self.blocks), "blocks") as advance:
-            for name, block in self.blocks.items():
+            for number, (name, block) in enumerate(self.blocks.items(), 1):
                 call, linears = self._call_of(name), self.linears[name]
                 job = BlockJob(block, linears, self.plans, self.recipe, call, inputs, real=self.real)
                 step = run_block(job, held, self._judge_of(block, wanted) if held else None)
@@ -166,16 +158,17 @@ class _Modules:
                     adapters[name]["bytes"] = self._install(block, step.term)
                 inputs, held = step.outputs, step.held
                 waiting |= {n: q for n, q in job.done.items() if q.weight is not None}
-                for linear in self._last_seen_in(name, waiting):  # now, so that no two models of floats are in memory
-                    count, nbytes = self._store(linear, waiting.pop(linear))
+                later = [module for other in list(self.blocks)[number:] for module in self.linears[other].values()]
+                for linear in swap.not_among(later, waiting):  # now, so that no two models of floats are in memory
+                    count, nbytes = swap.store(linear, waiting.pop(linear))
                     weights, size = weights + count, size + nbytes
                 advance()
         for batch in self.batches[:1]:  # what cannot run on stored linears says so while it can still be put back
-            self._run_stored(batch)
+            swap.run(batch)
         kept = [self.blocks[name].get_submodule(ADAPTER) for name, entry in adapters.items() if entry["kept"]]
         tuned = self._finetune(kept, wanted) if self.recipe.qwt.finetune and kept and held else None
         added = sum(a.get("bytes", 0) for a in adapters.values())
-        floats = self._floats(records)
+        floats = swap.floats(aside=[getattr(block, ADAPTER, None) for block in self.blocks.values()], done=records)
         self._warn_of({name: n for name, n in floats.items() if name.rpartition(".")[0] not in self.plans}, weights)
         return {
             "per_linear": records,
@@ -263,13 +256,6 @@ class _Modules:
         measure = _divergence if hasattr(output, "logits") else _squared_error
         return measure(*(without_padding(x, self.real[number]) for x in (wanted, found)))
 
-    def _floats(self, done: Mapping[str, Any]) -> dict[str, int]:
-        """Of the tensors that are still floats, and neither embeddings nor terms, how many weights each has."""
-        aside = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
-        aside |= {id(p) for block in self.blocks.values() for p in getattr(block, ADAPTER, nn.Identity()).parameters()}
-        found = {name: p for name, p in self.model.named_parameters() if p.dim() > 1 and id(p) not in aside}
-        return {name: p.numel() for name, p in found.items() if name.rpartition(".")[0] not in done}
-
     def _warn_of(self, floats: Mapping[str, int], quantised: int) -> None:
         """Where nobody asked for it, and it is much."""
         share = sum(floats.values()) / max(sum(floats.values()) + quantised, 1)
@@ -298,56 +284,6 @@ class _Modules:
         block.add_module(ADAPTER, adapter)
         block.register_forward_hook(_compensate)
         return sum(p.numel() * p.element_size() for p in (*adapter.parameters(), *adapter.buffers()))
-
-    def _last_seen_in(self, block: str, waiting: Mapping[str, Quantised]) -> list[str]:
-        """Those of the linears that no block behind this one has, the last ones first: of a module with several names
-        the codes are those of the last."""
-        later = list(self.blocks)[list(self.blocks).index(block) + 1 :]
-        theirs = [module for other in later for module in self.linears[other].values()]
-        found = {name: self.model.get_submodule(name) for name in waiting}
-        return [name for name in reversed(found) if all(found[name] is not module for module in theirs)]
-
-    def _run_stored(self, batch: Any) -> None:
-        """Linears that are called through a reference that is none of a submodule stay; they get the same weights."""
-        called: set[str] = set()
-        handles = [
-            module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
-            for name, module in self.replaced.items()
-        ]
-        try:
-            run(self.model, batch)
-        finally:
-            for handle in handles:
-                handle.remove()
-        for name in called:
-            stored, weight = self.model.get_submodule(name), self.replaced[name].weight
-            assert isinstance(stored, StoredLinear)
-            weight.data = stored.floats(slice(None)).to(weight.dtype)
-
-    def _replace(self, name: str, module: nn.Module) -> None:
-        parent, _, child = name.rpartition(".")
-        setattr(self.model.get_submodule(parent), child, module)
-
-    def _store(self, name: str, found: Quantised) -> tuple[int, int]:
-        """A linear in its own bits in place of the float one, without the hook that rounds its inputs; returns how many
-        weights it has and its bytes, which for a convolution, whose floats stay, are those that it would have."""
-        assert found.weight is not None
-        module = self.model.get_submodule(name)
-        twin = next((other for other, old in self.replaced.items() if old is module), None)
-        if twin is not None:  # another name of it
-            self._replace(name, self.model.get_submodule(twin))
-        if twin is not None or isinstance(module, StoredLinear):
-            return 0, 0
-        packed = rtn.packed(found.weight)
-        if isinstance(module, nn.Linear):
-            bias = None if module.bias is None else module.bias.detach()
-            shape = (module.out_features, module.in_features)
-            dtype, layout = module.weight.dtype, found.weight.format.layout
-            self._replace(name, StoredLinear(layout, packed.arrays, shape, bias, found.inputs, dtype))
-            self.replaced[name] = module
-            if all(parameter is not module.weight for parameter in self.model.parameters()):
-                module.weight.data = self.before.data_of(module.weight)  # which is in memory anyway
-        return found.weight.codes.numel(), packed.nbytes
 
 
 def _compensate(block: nn.Module, args: tuple, output: Any) -> Any:
