@@ -69,7 +69,11 @@ def test_every_layout_runs_in_both_engines(source, tmp_path, tokens, formats):
         assert np.abs(few - native[:40]).max() < 1e-4, isa
 
 
-@pytest.mark.parametrize("inputs", [INPUTS[:4], INPUTS[4:8], INPUTS[8:]], ids=["8 bits", "tokens", "more"])
+@pytest.mark.parametrize(
+    "inputs",
+    [INPUTS[:4], INPUTS[4:8], INPUTS[8:], ["int4_tensor", "int4_tensor_asym"]],
+    ids=["8 bits", "tokens", "more", "4 bits"],
+)
 def test_inputs_are_rounded_alike(source, tmp_path, tokens, inputs):
     """q, k and v read the same x and have different grids here."""
     folder = mixed(source, tmp_path / "mixed", FORMATS, inputs)
