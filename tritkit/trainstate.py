@@ -17,7 +17,7 @@ from .checkpoint import open_folder
 from .files import atomic_open
 from .folderwriter import write_folder
 from .models.config import ModelConfig
-from .progress import console
+from .progress import warn
 from .tensorfile import StoredTensor, TensorFile, write_tensors
 from .tokenizer import Tokenizer
 
@@ -108,7 +108,7 @@ class TrainState:
                     raise ValueError(f"{path.name} is damaged: its header does not fit its name")
             except ValueError as error:
                 before = "the checkpoint before it" if len(self.checkpoints()) > 1 else "the start"
-                console().print(f"warning: {error}; going on from {before}")
+                warn(f"{error}; going on from {before}")
                 path.unlink()
                 continue
             if file.metadata.get("text") != self.text:

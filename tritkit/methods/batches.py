@@ -12,10 +12,11 @@ from torch import Tensor, nn
 MASKS = {"attention_mask": True, "src_key_padding_mask": False}
 
 
-def real_tokens(batch: Any) -> Tensor | None:
+def real_tokens(model: nn.Module, batch: Any) -> Tensor | None:
     """Which tokens of a batch of keywords are no padding, bool [b, t]; none where all are, or nothing tells. A model
-    with a decoder of its own reads two texts, and nothing tells which of them a block has."""
-    if not isinstance(batch, Mapping) or any(str(name).startswith("decoder_") for name in batch):
+    with a decoder beside its encoder reads two texts, and nothing tells which of them a block has."""
+    has_two = getattr(getattr(model, "config", None), "is_encoder_decoder", False)  # as transformers says it
+    if has_two or not isinstance(batch, Mapping):
         return None
     for name, is_true in MASKS.items():
         mask = batch.get(name)

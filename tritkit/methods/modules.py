@@ -47,8 +47,8 @@ def quantize(
     a tensor, a tuple or a dict each, given to the model as one, as arguments or as keywords; padding does not count
     where a dict tells it by ``attention_mask`` or ``src_key_padding_mask`` [b, t]. blocks: the name of the
     ModuleList of the blocks, or the names of all blocks (none: the class of modules that holds most of the weights).
-    distance: of two outputs of the model (wanted, found), which decides over QwT's terms on the last batches (none: KL
-    for outputs with ``logits``, else the relative squared error).
+    distance: of two outputs of the model (wanted, found), padding and all, which decides over QwT's terms on the last
+    batches (none: KL for outputs with ``logits``, else the relative squared error).
 
     The report has "per_linear" (records by name), "left" (names of linears that stay floats because the model reads
     their weights without calling them, as nn.MultiheadAttention does), "floats" (how many weights each tensor has that
@@ -126,7 +126,7 @@ class _Modules:
             if len(self.batches) == 1:
                 self.batches = list(split(self.batches[0], recipe.qwt.held_out))
             self.fitted = len(self.batches) - held_out(len(self.batches), recipe.qwt.held_out)
-        self.real = [real_tokens(batch) for batch in self.batches]
+        self.real = [real_tokens(model, batch) for batch in self.batches]
         self.distance = distance
         self.calls: list[dict[str, Arguments]] = []  # of each batch: what a block is called with
         self.called: set[str] = set()

@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..stored import StoredLinear
 from . import rtn
 from .batches import run
 from .blocks import Quantised
-from .undo import Snapshot
 
 
 class Swap:
     """Of one model; its float weights stay in memory, since an error may put them back."""
 
     def __init__(self, model: nn.Module):
-        self.model, self.before = model, Snapshot(model)
+        self.model = model
+        self.weights: dict[Tensor, Tensor] = {parameter: parameter.data for parameter in model.parameters()}
         self.replaced: dict[str, nn.Linear] = {}
 
     def not_among(self, later: Sequence[nn.Module], names: Iterable[str]) -> list[str]:
@@ -45,7 +45,7 @@ class Swap:
             self._replace(name, StoredLinear(layout, packed.arrays, shape, bias, found.inputs, dtype))
             self.replaced[name] = module
             if all(parameter is not module.weight for parameter in self.model.parameters()):
-                module.weight.data = self.before.data_of(module.weight)  # which is in memory anyway
+                module.weight.data = self.weights[module.weight]  # which is in memory anyway
         return found.weight.codes.numel(), packed.nbytes
 
     def _replace(self, name: str, module: nn.Module) -> None:

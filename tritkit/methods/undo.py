@@ -30,10 +30,6 @@ class Snapshot:
             if isinstance(m, kind) and hasattr(m, name)
         ]
 
-    def data_of(self, parameter: Tensor) -> Tensor:
-        """What it was."""
-        return next(data for known, data, _ in self.weights if known is parameter)
-
     def restore(self) -> None:
         for module, part, before in self.parts:
             now = vars(module)[part]  # the same dict as ever, which handles of hooks refer to
@@ -60,13 +56,13 @@ def with_linears(model: nn.Module) -> None:
     made: dict[int, nn.Linear] = {}  # one that has several names stays one
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):  # named_children() tells one of several names
-            if child is not None and is_conv1d(child):
+            if child is not None and _is_conv1d(child):
                 if id(child) not in made:
                     made[id(child)] = _linear_of(child)
                 setattr(parent, name, made[id(child)])
 
 
-def is_conv1d(module: nn.Module) -> bool:
+def _is_conv1d(module: nn.Module) -> bool:
     """By its name and its parts: transformers need not be installed."""
     weight = getattr(module, "weight", None)
     return (

@@ -55,7 +55,9 @@ def _method(row: Row) -> str:
     """With how many layers kept a term, where there is a correction: none may be left of it."""
     recipe = _recipe(row)
     layers = row["metrics"].get("adapters")
-    correct = recipe.get("correct") and recipe["correct"] + ("" if layers is None else f" ({layers} layers)")
+    correct = recipe.get("correct") and recipe["correct"] + (
+        "" if layers is None else f" ({layers} layer{'s' * (layers != 1)})"
+    )
     return " + ".join(part for part in (recipe.get("transform"), row.get("method"), correct) if part)
 
 
